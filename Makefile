@@ -1,0 +1,61 @@
+# kvstore: the commands for people. `make` alone lists them.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made with (3.11 or newer)
+#   PYTEST_ARGS="..."   passed on, for example PYTEST_ARGS="tests/test_layout.py -x"
+
+PYTHON ?=
+BIN := .venv/bin
+MAKE_ENV := $(or $(PYTHON),python3) .ci/make_env.py $(if $(PYTHON),--explicit)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test test-slow test-all lint format types imports check wheel clean
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# A finished environment is recognised by its stamp, in some 50 ms.
+setup:  ## .venv with torch, ExecuTorch and kvstore in editable mode
+	@command -v $(or $(PYTHON),python3) >/dev/null || { \
+	  echo "setup: expected $(or $(PYTHON),python3), found none;" \
+	    "on Debian and Ubuntu: sudo apt install git make python3 python3-venv" >&2; exit 1; }
+	@$(MAKE_ENV)
+
+setup-dev: setup
+	@$(MAKE_ENV) --dev
+
+demo: setup  ## the main job: save a session in one process, resume it in another
+	@$(BIN)/kvstore demo
+
+test: setup  ## the fast tests
+	@$(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
+
+test-slow: setup  ## the tests that `make test` leaves out
+	@$(BIN)/python -m pytest -n auto -m slow $(PYTEST_ARGS)
+
+test-all: setup  ## all tests
+	@$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+lint: setup-dev  ## ruff: rules and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: setup-dev  ## ruff: repair what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: setup-dev  ## mypy, strict
+	@$(BIN)/mypy
+
+imports: setup-dev  ## who may import whom
+	@$(BIN)/lint-imports
+
+wheel: setup-dev  ## build the wheel and prove it in a clean environment
+	@$(BIN)/python .ci/check_wheel.py
+
+check:  ## everything that CI runs
+	@bash .ci/run
+
+clean:  ## remove environments, caches and builds
+	rm -rf .venv .venv-* .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	  .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
