@@ -1,0 +1,42 @@
+"""A persistent store for the KV caches of models that run on PyTorch ExecuTorch.
+
+store = kvstore.open("sessions.db")
+hit = store.load_session(cache, tokens)
+store.save_session(cache, tokens, name="chat-42")
+"""
+
+from kvstore.db.sessions import SessionInfo
+from kvstore.db.stats import StoreStats
+from kvstore.errors import KVStoreError
+from kvstore.layout import Fingerprint, Held, Kind, Layout, LiveCache, TensorSpec
+from kvstore.load import LoadResult, MissReason
+from kvstore.prune import PruneResult
+from kvstore.save import SaveResult
+from kvstore.store import Store
+from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open, dbm.open
+from kvstore.token_log import TokenLog
+from kvstore.tokens import token_ids
+from kvstore.verify import VerifyReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Fingerprint",
+    "Held",
+    "KVStoreError",
+    "Kind",
+    "Layout",
+    "LiveCache",
+    "LoadResult",
+    "MissReason",
+    "PruneResult",
+    "SaveResult",
+    "SessionInfo",
+    "Store",
+    "StoreStats",
+    "TensorSpec",
+    "TokenLog",
+    "VerifyReport",
+    "open",
+    "token_ids",
+]

@@ -1,0 +1,58 @@
+"""``kvstore prune``: delete what was not used for longest, and give the space back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from kvstore.cli.options import (
+    find_model,
+    json_option,
+    open_existing,
+    print_json,
+    store_argument,
+)
+from kvstore.quantity import format_nbytes, parse_age_seconds
+
+
+@click.command("prune")
+@store_argument
+@click.option("--max-bytes", metavar="SIZE", help="Bring the file under this size: 500MB, 2GiB.")
+@click.option("--older-than", metavar="AGE", help="Take what was not used for: 12h, 7d, 2w.")
+@click.option("--model", metavar="HEX", help="Only this model's (start of its fingerprint).")
+@click.option("--dry-run", is_flag=True, help="Say what would go; write nothing.")
+@json_option
+def command(
+    path: Path,
+    *,
+    max_bytes: str | None,
+    older_than: str | None,
+    model: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Delete K and V from STORE, the least recently used first.
+
+    Sessions stay, with their tokens and metadata; what was pruned is computed
+    again when they are next used. Saves in progress are left alone.
+    """
+    if max_bytes is None and older_than is None and model is None:
+        raise click.UsageError("say what may go: --max-bytes, --older-than or --model")
+    with open_existing(path, read_only=dry_run) as store:
+        result = store.prune(
+            max_bytes=max_bytes,
+            unused_for_seconds=None if older_than is None else parse_age_seconds(older_than),
+            model=None if model is None else find_model(store, model),
+            dry_run=dry_run,
+        )
+    if as_json:
+        print_json({"path": str(path), **asdict(result)})
+        return
+    verb = "would delete" if dry_run else "deleted"
+    click.echo(
+        f"{verb} {result.n_chunks} chunks, {format_nbytes(result.freed_nbytes)} of K and V; "
+        f"the file {'would go' if dry_run else 'went'} from "
+        f"{format_nbytes(result.file_nbytes_before)} to {format_nbytes(result.file_nbytes_after)}"
+    )

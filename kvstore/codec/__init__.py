@@ -1,0 +1,40 @@
+"""Codecs: how a blob's token-major bytes are written down, by a tag stored beside each blob.
+
+One module a codec. A new one gets the next free tag here and a section in
+``schemas/FORMAT.md``; tags are never reused.
+"""
+
+from kvstore.codec.base import Codec, DecodeError
+from kvstore.codec.raw import Raw
+from kvstore.codec.zstd import Zstd
+
+CODECS: dict[int, Codec] = {codec.tag: codec for codec in (Raw(), Zstd())}
+"""Every codec that this version can read, by tag."""
+
+
+def encode(data: memoryview, codec: Codec) -> tuple[int, memoryview]:
+    """``data`` as ``(tag, stored bytes)``: by ``codec``, or raw where that gains nothing.
+
+    Less than one part in ten saved counts as nothing: decompressing takes
+    several times as long as reading the bytes that it saves.
+    """
+    stored = codec.encode(data)
+    if stored.nbytes > data.nbytes - data.nbytes // 10:
+        return Raw.tag, data
+    return codec.tag, stored
+
+
+def decode_into(tag: int, stored: memoryview, destination: memoryview) -> None:
+    """Fill ``destination`` exactly with what ``stored`` decodes to.
+
+    Raises:
+        DecodeError: unknown tag, or the bytes do not decode to exactly
+            ``destination.nbytes`` bytes.
+    """
+    codec = CODECS.get(tag)
+    if codec is None:
+        raise DecodeError(f"unknown codec tag {tag}; known are {sorted(CODECS)}")
+    codec.decode_into(stored, destination)
+
+
+__all__ = ["CODECS", "Codec", "DecodeError", "Raw", "Zstd", "decode_into", "encode"]

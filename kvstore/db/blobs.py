@@ -1,0 +1,139 @@
+"""Rows of ``blobs`` and ``payloads``: one tensor of one chunk each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from kvstore.db.engine import driver_connection
+from kvstore.db.tables import blobs, payloads
+from kvstore.errors import CorruptStoreError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobRow:
+    """Where and how tokens ``[start, stop)`` of one tensor are stored.
+
+    ``payload_nbytes`` is the length of the payload row, or None if it is
+    missing; everything else is what the blob's row claims.
+    """
+
+    chunk_id: int
+    tensor: int
+    start: int
+    stop: int
+    codec: int
+    raw_nbytes: int
+    stored_nbytes: int
+    checksum: bytes
+    payload_id: int
+    payload_nbytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewBlob:
+    """An encoded blob on its way into the file."""
+
+    tensor: int
+    start: int
+    stop: int
+    codec: int
+    raw_nbytes: int
+    checksum: bytes
+    stored: memoryview
+
+
+def insert(connection: sa.Connection, chunk_id: int, new_blobs: Sequence[NewBlob]) -> None:
+    """Insert the blobs of one chunk, payloads in tensor order (so a load reads forward)."""
+    if not new_blobs:
+        return
+    # Ids are given out here, under the write lock: one statement for all rows.
+    last_id = connection.execute(sa.select(sa.func.max(payloads.c.id))).scalar_one() or 0
+    payload_ids = range(last_id + 1, last_id + 1 + len(new_blobs))
+    connection.execute(
+        sa.insert(payloads),
+        [
+            {"id": payload_id, "data": blob.stored}
+            for payload_id, blob in zip(payload_ids, new_blobs, strict=True)
+        ],
+    )
+    connection.execute(
+        sa.insert(blobs),
+        [
+            {
+                "chunk_id": chunk_id,
+                "tensor": blob.tensor,
+                "start": blob.start,
+                "stop": blob.stop,
+                "codec": blob.codec,
+                "raw_nbytes": blob.raw_nbytes,
+                "stored_nbytes": blob.stored.nbytes,
+                "checksum": blob.checksum,
+                "payload_id": payload_id,
+            }
+            for payload_id, blob in zip(payload_ids, new_blobs, strict=True)
+        ],
+    )
+
+
+def of_chunk(connection: sa.Connection, chunk_id: int) -> list[BlobRow]:
+    """The chunk's blobs in tensor order; reads no payload."""
+    query = (
+        sa.select(blobs, sa.func.length(payloads.c.data).label("payload_nbytes"))
+        .select_from(blobs.outerjoin(payloads, payloads.c.id == blobs.c.payload_id))
+        .where(blobs.c.chunk_id == chunk_id)
+        .order_by(blobs.c.tensor, blobs.c.start)
+    )
+    return [_row(row) for row in connection.execute(query)]
+
+
+def read_payload(connection: sa.Connection, payload_id: int) -> bytes:
+    """The stored bytes of one payload.
+
+    Goes to the driver's cursor of the same transaction: through SQLAlchemy's
+    result objects the same rows arrive at half the speed.
+
+    Raises:
+        CorruptStoreError: there is no such row.
+    """
+    cursor = driver_connection(connection).execute(
+        "SELECT data FROM payloads WHERE id = ?", (payload_id,)
+    )
+    row = cursor.fetchone()
+    if row is None:
+        raise CorruptStoreError(f"payload {payload_id} is missing")
+    data = row[0]
+    if not isinstance(data, bytes):
+        raise CorruptStoreError(f"payload {payload_id} holds {type(data).__name__}, not bytes")
+    return data
+
+
+def _row(row: sa.Row[*tuple[Any, ...]]) -> BlobRow:
+    """The row, if its columns have the types that they must have."""
+    numbers = ("tensor", "start", "stop", "codec", "raw_nbytes", "stored_nbytes", "payload_id")
+    if any(type(row._mapping[number]) is not int for number in numbers):
+        raise CorruptStoreError(f"blob of chunk row {row.chunk_id}: a column is not an integer")
+    return BlobRow(**row._mapping)
+
+
+def delete(connection: sa.Connection, row: BlobRow) -> None:
+    """Delete one blob, then its payload."""
+    connection.execute(
+        sa.delete(blobs).where(
+            blobs.c.chunk_id == row.chunk_id,
+            blobs.c.tensor == row.tensor,
+            blobs.c.start == row.start,
+        )
+    )
+    connection.execute(sa.delete(payloads).where(payloads.c.id == row.payload_id))
+
+
+def delete_of_chunk(connection: sa.Connection, chunk_id: int) -> None:
+    """Delete the chunk's blobs, then their payloads."""
+    payload_ids = connection.execute(
+        sa.delete(blobs).where(blobs.c.chunk_id == chunk_id).returning(blobs.c.payload_id)
+    ).scalars()
+    connection.execute(sa.delete(payloads).where(payloads.c.id.in_(list(payload_ids))))

@@ -1,0 +1,219 @@
+"""Rows of ``chunks``: token prefixes as a tree, every row findable by key and by tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from kvstore.db.engine import insert_row
+from kvstore.db.tables import chunks, leases, sessions
+from kvstore.errors import CorruptStoreError
+from kvstore.prefix import KEY_NBYTES, Key
+from kvstore.tokens import TOKEN_NBYTES, TokenIds, from_big_endian, to_big_endian
+
+_MAX_VARIABLES = 500
+"""Bound parameters in one statement; SQLite's own limit was once 999."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRow:
+    """Tokens ``[start, stop)`` behind ``parent_key``.
+
+    The chunk's own blobs cover ``[start + base_n_tokens, stop)``; the tokens
+    before that are the first ``base_n_tokens`` of the chunk ``base_id``, which
+    has the same parent and the same tokens there.
+    """
+
+    id: int
+    parent_id: int | None
+    base_id: int | None
+    base_n_tokens: int
+    key: Key
+    parent_key: Key
+    start: int
+    stop: int
+    tokens: TokenIds
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the chunk, borrowed ones included."""
+        return self.stop - self.start
+
+
+_COLUMNS = (
+    chunks.c.id,
+    chunks.c.parent_id,
+    chunks.c.base_id,
+    chunks.c.base_n_tokens,
+    chunks.c.key,
+    chunks.c.parent_key,
+    chunks.c.start,
+    chunks.c.stop,
+    chunks.c.tokens,
+)
+
+
+def _row(row: sa.Row[*tuple[Any, ...]]) -> ChunkRow:
+    """The row, with everything checked that it says of itself.
+
+    SQLite holds types and CHECK constraints when it writes, not when it reads a
+    file that something else wrote.
+    """
+    is_sound = (
+        all(type(number) is int for number in (row.id, row.start, row.stop, row.base_n_tokens))
+        and all(type(number) in (int, type(None)) for number in (row.parent_id, row.base_id))
+        and all(type(data) is bytes for data in (row.key, row.parent_key, row.tokens))
+        and len(row.key) == len(row.parent_key) == KEY_NBYTES
+        and 0 <= row.start < row.stop
+        and len(row.tokens) == TOKEN_NBYTES * (row.stop - row.start)
+        and 0 <= row.base_n_tokens <= row.stop - row.start
+        and (row.base_id is None) == (row.base_n_tokens == 0)
+    )
+    if not is_sound:
+        raise CorruptStoreError(
+            f"chunk row {row.id}: its columns are not possible together; "
+            "run `kvstore verify`, and restore a copy of the file"
+        )
+    return ChunkRow(
+        id=row.id,
+        parent_id=row.parent_id,
+        base_id=row.base_id,
+        base_n_tokens=row.base_n_tokens,
+        key=Key(row.key),
+        parent_key=Key(row.parent_key),
+        start=row.start,
+        stop=row.stop,
+        tokens=from_big_endian(row.tokens),
+    )
+
+
+def by_keys(connection: sa.Connection, keys: Sequence[Key]) -> dict[Key, ChunkRow]:
+    """The chunks that exist among ``keys``."""
+    found: dict[Key, ChunkRow] = {}
+    for first in range(0, len(keys), _MAX_VARIABLES):
+        some = keys[first : first + _MAX_VARIABLES]
+        for row in connection.execute(sa.select(*_COLUMNS).where(chunks.c.key.in_(some))):
+            found[Key(row.key)] = _row(row)
+    return found
+
+
+def by_id(connection: sa.Connection, chunk_id: int) -> ChunkRow | None:
+    """The chunk with this row id."""
+    row = connection.execute(sa.select(*_COLUMNS).where(chunks.c.id == chunk_id)).one_or_none()
+    return None if row is None else _row(row)
+
+
+def neighbours(connection: sa.Connection, parent_key: Key, ids: TokenIds) -> list[ChunkRow]:
+    """The chunks directly before and behind ``ids`` in token order under one parent.
+
+    The longest common prefix with ``ids`` among all chunks under the parent
+    belongs to one of the two: two index seeks, however many siblings there are.
+    """
+    tokens = to_big_endian(ids)
+    same_parent = sa.select(*_COLUMNS).where(chunks.c.parent_key == parent_key)
+    before = same_parent.where(chunks.c.tokens <= tokens).order_by(chunks.c.tokens.desc()).limit(1)
+    behind = same_parent.where(chunks.c.tokens > tokens).order_by(chunks.c.tokens).limit(1)
+    rows = [connection.execute(query).one_or_none() for query in (before, behind)]
+    return [_row(row) for row in rows if row is not None]
+
+
+def insert(
+    connection: sa.Connection,
+    *,
+    space_id: int,
+    parent_id: int | None,
+    parent_key: Key,
+    key: Key,
+    start: int,
+    ids: TokenIds,
+    base_id: int | None,
+    base_n_tokens: int,
+    raw_nbytes: int,
+    stored_nbytes: int,
+    now_ms: int,
+) -> int:
+    """Insert one chunk; returns its row id."""
+    return insert_row(
+        connection,
+        chunks,
+        space_id=space_id,
+        parent_id=parent_id,
+        base_id=base_id,
+        base_n_tokens=base_n_tokens,
+        key=key,
+        parent_key=parent_key,
+        start=start,
+        stop=start + len(ids),
+        tokens=to_big_endian(ids),
+        raw_nbytes=raw_nbytes,
+        stored_nbytes=stored_nbytes,
+        created_at_ms=now_ms,
+        last_used_at_ms=now_ms,
+    )
+
+
+def is_needed(connection: sa.Connection, chunk_id: int, *, but_session_id: int | None) -> bool:
+    """Whether a child, a borrower, a lease or a session (but one) holds this chunk."""
+    held_by_session = sessions.c.head_id == chunk_id
+    if but_session_id is not None:
+        held_by_session &= sessions.c.id != but_session_id
+    return bool(
+        connection.execute(
+            sa.select(
+                sa.or_(
+                    sa.exists().where(chunks.c.parent_id == chunk_id),
+                    sa.exists().where(chunks.c.base_id == chunk_id),
+                    sa.exists().where(leases.c.chunk_id == chunk_id),
+                    sa.exists().where(held_by_session),
+                )
+            )
+        ).scalar_one()
+    )
+
+
+def touch(connection: sa.Connection, chunk_ids: Iterable[int], *, now_ms: int) -> None:
+    """Mark chunks as used now."""
+    some = list(chunk_ids)
+    for first in range(0, len(some), _MAX_VARIABLES):
+        connection.execute(
+            sa.update(chunks)
+            .where(chunks.c.id.in_(some[first : first + _MAX_VARIABLES]))
+            .values(last_used_at_ms=now_ms)
+        )
+
+
+def add_nbytes(
+    connection: sa.Connection, chunk_id: int, *, raw_nbytes: int, stored_nbytes: int
+) -> None:
+    """Count bytes that were added to the chunk's blobs, or taken (negative)."""
+    connection.execute(
+        sa.update(chunks)
+        .where(chunks.c.id == chunk_id)
+        .values(
+            raw_nbytes=chunks.c.raw_nbytes + raw_nbytes,
+            stored_nbytes=chunks.c.stored_nbytes + stored_nbytes,
+        )
+    )
+
+
+def pass_use_on(connection: sa.Connection, chunk_id: int) -> None:
+    """Let what this chunk continues and borrows from count as used when it was.
+
+    Only the last chunk of a chain is touched when the chain is used.
+    """
+    leaving = connection.execute(
+        sa.select(chunks.c.parent_id, chunks.c.base_id, chunks.c.last_used_at_ms).where(
+            chunks.c.id == chunk_id
+        )
+    ).one()
+    connection.execute(
+        sa.update(chunks)
+        .where(
+            chunks.c.id.in_([leaving.parent_id, leaving.base_id]),
+            chunks.c.last_used_at_ms < leaving.last_used_at_ms,
+        )
+        .values(last_used_at_ms=leaving.last_used_at_ms)
+    )

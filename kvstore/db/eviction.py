@@ -1,0 +1,70 @@
+"""Deleting chunks: always leaf-first, which the foreign keys enforce."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from kvstore.db import blobs, chunks, models, sessions
+from kvstore.db.tables import chunks as chunk_table
+from kvstore.db.tables import leases, spaces
+from kvstore.db.tables import models as model_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkFacts:
+    """What a plan needs to know of one chunk; no payload is touched to learn it."""
+
+    id: int
+    parent_id: int | None
+    base_id: int | None
+    model: bytes
+    stored_nbytes: int
+    last_used_at_ms: int
+    is_held: bool
+
+
+def read_facts(connection: sa.Connection) -> list[ChunkFacts]:
+    """The facts of every chunk in the file."""
+    is_held = sa.exists().where(leases.c.chunk_id == chunk_table.c.id)
+    query = sa.select(
+        chunk_table.c.id,
+        chunk_table.c.parent_id,
+        chunk_table.c.base_id,
+        model_table.c.fingerprint.label("model"),
+        chunk_table.c.stored_nbytes,
+        chunk_table.c.last_used_at_ms,
+        is_held.label("is_held"),
+    ).select_from(
+        chunk_table.join(spaces, spaces.c.id == chunk_table.c.space_id).join(
+            model_table, model_table.c.id == spaces.c.model_id
+        )
+    )
+    return [ChunkFacts(**row._mapping) for row in connection.execute(query)]
+
+
+def evict(connection: sa.Connection, chunk_ids: Iterable[int]) -> None:
+    """Delete these chunks in this order; sessions that ended in one keep what is before it."""
+    for chunk_id in chunk_ids:
+        sessions.move_heads(connection, [chunk_id])
+        chunks.pass_use_on(connection, chunk_id)
+        _delete(connection, chunk_id)
+    models.delete_unused(connection)
+
+
+def release(connection: sa.Connection, chunk_id: int | None) -> None:
+    """Delete a chunk that nothing needs any more, then what only it needed."""
+    waiting = [chunk_id]
+    while waiting:
+        chunk = chunks.by_id(connection, candidate) if (candidate := waiting.pop()) else None
+        if chunk is None or chunks.is_needed(connection, chunk.id, but_session_id=None):
+            continue
+        _delete(connection, chunk.id)
+        waiting += [chunk.parent_id, chunk.base_id]
+
+
+def _delete(connection: sa.Connection, chunk_id: int) -> None:
+    blobs.delete_of_chunk(connection, chunk_id)
+    connection.execute(sa.delete(chunk_table).where(chunk_table.c.id == chunk_id))

@@ -1,0 +1,102 @@
+"""Rows of ``models`` and ``spaces``: which programs and key spaces the file knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from kvstore.db.engine import insert_row
+from kvstore.db.tables import chunks, models, sessions, spaces
+from kvstore.errors import CorruptStoreError, InputError
+from kvstore.layout import Fingerprint, Layout
+from kvstore.manifest import pack_manifest
+from kvstore.prefix import Key, root_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpaceRow:
+    """One key space: the chains under one root."""
+
+    id: int
+    model_id: int
+    root: Key
+    chunk_n_tokens: int
+
+
+def fingerprints(connection: sa.Connection) -> list[Fingerprint]:
+    """Every model's fingerprint, oldest first.
+
+    Raises:
+        CorruptStoreError: a digest is not one.
+    """
+    columns = (models.c.weights_digest, models.c.program_digest, models.c.layout_digest)
+    try:
+        return [
+            Fingerprint(
+                weights=row.weights_digest, program=row.program_digest, layout=row.layout_digest
+            )
+            for row in connection.execute(sa.select(*columns).order_by(models.c.id))
+        ]
+    except InputError as error:
+        raise CorruptStoreError(f"models: {error}") from error
+
+
+def find_space(
+    connection: sa.Connection, fingerprint: Fingerprint, *, chunk_n_tokens: int, namespace: str
+) -> SpaceRow | None:
+    """The key space of these parameters, if anything was ever saved in it."""
+    root = root_key(fingerprint.model, chunk_n_tokens=chunk_n_tokens, namespace=namespace)
+    row = connection.execute(
+        sa.select(spaces.c.id, spaces.c.model_id).where(spaces.c.root_key == root)
+    ).one_or_none()
+    if row is None:
+        return None
+    return SpaceRow(id=row.id, model_id=row.model_id, root=root, chunk_n_tokens=chunk_n_tokens)
+
+
+def ensure_space(
+    connection: sa.Connection,
+    fingerprint: Fingerprint,
+    layout: Layout,
+    *,
+    chunk_n_tokens: int,
+    namespace: str,
+    now_ms: int,
+) -> SpaceRow:
+    """The key space of these parameters, made with its model if it is new."""
+    space = find_space(connection, fingerprint, chunk_n_tokens=chunk_n_tokens, namespace=namespace)
+    if space is not None:
+        return space
+    model_id = connection.execute(
+        sa.select(models.c.id).where(models.c.fingerprint == fingerprint.model)
+    ).scalar_one_or_none()
+    if model_id is None:
+        model_id = insert_row(
+            connection,
+            models,
+            fingerprint=fingerprint.model,
+            weights_digest=fingerprint.weights,
+            program_digest=fingerprint.program,
+            layout_digest=fingerprint.layout,
+            manifest=pack_manifest(layout),
+            created_at_ms=now_ms,
+        )
+    root = root_key(fingerprint.model, chunk_n_tokens=chunk_n_tokens, namespace=namespace)
+    space_id = insert_row(
+        connection,
+        spaces,
+        model_id=model_id,
+        root_key=root,
+        chunk_n_tokens=chunk_n_tokens,
+        namespace=namespace,
+        adapter=b"",
+    )
+    return SpaceRow(id=space_id, model_id=model_id, root=root, chunk_n_tokens=chunk_n_tokens)
+
+
+def delete_unused(connection: sa.Connection) -> None:
+    """Delete spaces without chunks and sessions, then models without spaces."""
+    used_spaces = sa.union(sa.select(chunks.c.space_id), sa.select(sessions.c.space_id))
+    connection.execute(sa.delete(spaces).where(spaces.c.id.not_in(used_spaces)))
+    connection.execute(sa.delete(models).where(models.c.id.not_in(sa.select(spaces.c.model_id))))

@@ -1,0 +1,220 @@
+"""Opening a file: made by the migrations alone, checked object for object before it is used."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from kvstore._bundle import schemas_dir
+from kvstore.db import engine as db
+from kvstore.db.tables import FORMAT_VERSION
+from kvstore.db.vendor import vendor_errors
+from kvstore.errors import (
+    NewerFormatError,
+    NotAStoreError,
+    ReadOnlyStoreError,
+    SchemaMismatchError,
+    StorePathError,
+)
+
+SchemaObjects = frozenset[tuple[str, str, str, str]]
+"""``sqlite_schema`` as ``(type, name, tbl_name, normalised sql)``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Database:
+    """An engine on a checked file of the current format."""
+
+    path: Path
+    engine: sa.Engine
+    read_only: bool
+
+
+def open_database(path: Path, *, read_only: bool, busy_timeout_seconds: float) -> Database:
+    """The database at ``path``: created if missing, upgraded if older, else only checked.
+
+    Raises:
+        StorePathError: a directory, a missing folder, no permission, or a
+            read-only folder that holds an unfinished WAL.
+        NotAStoreError: not SQLite, or SQLite of somebody else.
+        SchemaMismatchError: ours, with objects that its version does not have.
+        NewerFormatError: made by a newer version that this one cannot read.
+        ReadOnlyStoreError: missing or older, and may not be written.
+    """
+    try:
+        access = _choose_access(path, read_only=read_only)
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or text that is no file name
+        raise StorePathError(
+            f"{path}: cannot be reached ({error}); check the path and its folders' permissions"
+        ) from error
+    engine = db.make_engine(path, access=access, busy_timeout_seconds=busy_timeout_seconds)
+    try:
+        with vendor_errors(path):
+            if access == "write" and _is_blank(engine, path):
+                # Its creation was cut off. Begin again, with what must come before the first page.
+                engine.dispose()
+                access = "create"
+                engine = db.make_engine(
+                    path, access=access, busy_timeout_seconds=busy_timeout_seconds
+                )
+            if access == "create":
+                _migrate(engine, path)
+            with db.read_transaction(engine) as connection:
+                version, newer = _check_identity(connection, path)
+                if version < FORMAT_VERSION and access != "write":
+                    raise ReadOnlyStoreError(
+                        f"{path}: format version {version} must be upgraded to {FORMAT_VERSION} "
+                        "first; open it once where it may be written"
+                    )
+            if version < FORMAT_VERSION:
+                _migrate(engine, path)
+            with db.read_transaction(engine) as connection:
+                _check_schema(connection, path, newer=newer)
+            if access in ("create", "write") and not newer:
+                db.use_wal(engine)
+    except BaseException:
+        engine.dispose()
+        raise
+    return Database(path=path, engine=engine, read_only=newer or access not in ("create", "write"))
+
+
+def _choose_access(path: Path, *, read_only: bool) -> db.Access:
+    """How to open ``path``, from what the file system says; opens nothing."""
+    if b"\0" in os.fsencode(path):
+        raise ValueError("embedded null byte")
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise StorePathError(f"{path}: expected a file, found a directory; name a file inside it")
+    if not folder.is_dir():
+        raise StorePathError(f"{path}: its folder {folder} does not exist; create it first")
+    folder_writable = os.access(folder, os.W_OK | os.X_OK)
+    if not path.exists():
+        if read_only:
+            raise StorePathError(f"{path}: expected an existing store to read, found no file")
+        if not folder_writable:
+            raise StorePathError(f"{path}: its folder may not be written, so no store can be made")
+        return "create"
+    if not path.is_file():
+        raise StorePathError(f"{path}: expected a regular file")
+    if not os.access(path, os.R_OK):
+        raise StorePathError(f"{path}: may not be read; check its permissions")
+    if folder_writable:
+        if read_only or not os.access(path, os.W_OK):
+            return "read"
+        return "create" if path.stat().st_size == 0 else "write"
+    if path.with_name(path.name + "-wal").exists():
+        raise StorePathError(
+            f"{path}: its folder is read-only but holds a -wal with changes that are not in the "
+            "file yet; copy all of them to a folder that may be written, or open it there once"
+        )
+    return "immutable"
+
+
+def _is_blank(engine: sa.Engine, path: Path) -> bool:
+    """Whether a creation was cut off here: an empty file, or our settings and no more.
+
+    Setting auto-vacuum writes the first page at once, before the migrations' transaction.
+    """
+    with db.read_transaction(engine) as connection:
+        n_pages = db.pragma(connection, "page_count")
+        if n_pages == 0:
+            return path.stat().st_size == 0  # SQLite takes a file of one byte for empty
+        return (
+            n_pages == 1
+            and db.pragma(connection, "page_size") == db.PAGE_SIZE_NBYTES
+            and db.pragma(connection, "auto_vacuum") == db.INCREMENTAL
+            and db.pragma(connection, "application_id") == 0
+            and db.pragma(connection, "user_version") == 0
+            and not _read_objects(connection)
+        )
+
+
+def _check_identity(connection: sa.Connection, path: Path) -> tuple[int, bool]:
+    """The file's format version, and whether it is newer than ours but readable."""
+    application_id = db.pragma(connection, "application_id")
+    if application_id != db.APPLICATION_ID:
+        raise NotAStoreError(
+            f"{path}: expected a kvstore file (application_id {db.APPLICATION_ID:#x}), "
+            f"found another program's SQLite database ({application_id:#x})"
+        )
+    version = db.pragma(connection, "user_version")
+    if version <= FORMAT_VERSION:
+        return version, False
+    min_reader = version
+    if "format" in {name for _, name, _, _ in _read_objects(connection)}:
+        row = connection.exec_driver_sql("SELECT version, min_reader FROM format").one_or_none()
+        # A row that disagrees with the header is no statement to rely on.
+        if row is not None and row[0] == version and isinstance(row[1], int):
+            min_reader = row[1]
+    if min_reader > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{path}: format version {version} needs a newer kvstore (this one reads up to "
+            f"{FORMAT_VERSION}); update kvstore. The file was not touched"
+        )
+    return version, True
+
+
+def _check_schema(connection: sa.Connection, path: Path, *, newer: bool) -> None:
+    version = db.pragma(connection, "user_version")
+    if version < FORMAT_VERSION:  # the migrations ran, and found nothing to do
+        raise SchemaMismatchError(
+            f"{path}: expected format version {FORMAT_VERSION} in the file's header, "
+            f"found {version}; the header was tampered with or damaged: restore a copy"
+        )
+    found, expected = _read_objects(connection), _expected_objects()
+    missing, extra = expected - found, found - expected
+    if newer:  # additions are what a newer version may have, but nothing that runs code
+        extra = frozenset(row for row in extra if row[0] in ("trigger", "view"))
+    if missing or extra:
+        names = sorted({f"{kind} {name}" for kind, name, _, _ in missing | extra})
+        raise SchemaMismatchError(
+            f"{path}: expected the schema of format version {FORMAT_VERSION}, found it changed at "
+            f"{', '.join(names)}; the file was tampered with or damaged: restore a copy"
+        )
+    rows = connection.exec_driver_sql("SELECT version FROM format").scalars().all()
+    if rows != [version]:
+        raise SchemaMismatchError(
+            f"{path}: expected one row of version {version} in the table format, as the file's "
+            f"header says, found {rows!r:.80}; the file was tampered with: restore a copy"
+        )
+
+
+def _migrate(engine: sa.Engine, path: Path) -> None:
+    """Bring an empty or older file to the current format, in one transaction."""
+    # Not at the top: Alembic takes longer to import than all the rest.
+    from kvstore.db.migrate import upgrade
+
+    with db.write_transaction(engine) as connection:
+        if db.pragma(connection, "application_id") != db.APPLICATION_ID:
+            if _read_objects(connection):  # somebody else's file came between
+                raise NotAStoreError(f"{path}: expected an empty file, found a database")
+        elif db.pragma(connection, "user_version") >= FORMAT_VERSION:
+            return  # another process did it meanwhile
+        upgrade(connection)
+
+
+def _read_objects(connection: sa.Connection) -> SchemaObjects:
+    rows = connection.exec_driver_sql("SELECT type, name, tbl_name, sql FROM sqlite_schema")
+    return frozenset((kind, name, table, _normalise(sql)) for kind, name, table, sql in rows)
+
+
+@cache
+def _expected_objects() -> SchemaObjects:
+    """The objects that ``schemas/schema.sql`` makes."""
+    with sqlite3.connect(":memory:") as connection:
+        connection.executescript((schemas_dir() / "schema.sql").read_text(encoding="utf-8"))
+        rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema").fetchall()
+    connection.close()
+    return frozenset((kind, name, table, _normalise(sql)) for kind, name, table, sql in rows)
+
+
+def _normalise(sql: str | None) -> str:
+    """``sql`` with its white space folded: layout is no difference, anything else is."""
+    folded = re.sub(r"\s+", " ", sql or "").strip()
+    return re.sub(r" ?([(),]) ?", r"\1", folded)

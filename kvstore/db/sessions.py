@@ -1,0 +1,214 @@
+"""Rows of ``sessions`` and ``session_tokens``: names, their tokens and the app's metadata."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from kvstore.db.engine import insert_row
+from kvstore.db.tables import chunks, models, session_tokens, sessions, spaces
+from kvstore.errors import CorruptStoreError
+from kvstore.layout import Fingerprint
+from kvstore.manifest import unpack_metadata
+from kvstore.tokens import TOKEN_NBYTES, TokenIds, from_big_endian, to_big_endian
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo:
+    """One named session.
+
+    ``n_tokens`` is what was saved; ``n_stored_tokens`` is how many of them the
+    session still holds K and V for (fewer after an eviction).
+    """
+
+    id: int
+    name: str
+    namespace: str
+    fingerprint: Fingerprint
+    n_tokens: int
+    n_stored_tokens: int
+    metadata: dict[str, Any]
+    created_at_ms: int
+    updated_at_ms: int
+
+
+_INFO = (
+    sa.select(
+        sessions,
+        chunks.c.stop.label("n_stored_tokens"),
+        models.c.weights_digest,
+        models.c.program_digest,
+        models.c.layout_digest,
+    )
+    .select_from(
+        sessions.join(spaces, spaces.c.id == sessions.c.space_id)
+        .join(models, models.c.id == spaces.c.model_id)
+        .outerjoin(chunks, chunks.c.id == sessions.c.head_id)
+    )
+    .order_by(sessions.c.updated_at_ms.desc(), sessions.c.id.desc())
+)
+
+
+def _info(row: sa.Row[*tuple[Any, ...]]) -> SessionInfo:
+    return SessionInfo(
+        id=row.id,
+        name=row.name,
+        namespace=row.namespace,
+        fingerprint=Fingerprint(
+            weights=row.weights_digest, program=row.program_digest, layout=row.layout_digest
+        ),
+        n_tokens=row.n_tokens,
+        n_stored_tokens=row.n_stored_tokens or 0,
+        metadata=unpack_metadata(row.metadata),
+        created_at_ms=row.created_at_ms,
+        updated_at_ms=row.updated_at_ms,
+    )
+
+
+def find(connection: sa.Connection, *, namespace: str, name: str) -> SessionInfo | None:
+    """The session of that name."""
+    row = connection.execute(
+        _INFO.where(sessions.c.namespace == namespace, sessions.c.name == name)
+    ).one_or_none()
+    return None if row is None else _info(row)
+
+
+def all_in(connection: sa.Connection, *, namespace: str | None) -> list[SessionInfo]:
+    """Every session of ``namespace`` (of all, if None), the last saved first."""
+    query = _INFO if namespace is None else _INFO.where(sessions.c.namespace == namespace)
+    return [_info(row) for row in connection.execute(query)]
+
+
+def with_less_than_saved(connection: sa.Connection, *, space_id: int) -> list[SessionInfo]:
+    """The space's sessions that an eviction took K and V from."""
+    query = _INFO.where(
+        sessions.c.space_id == space_id,
+        sa.func.coalesce(chunks.c.stop, 0) < sessions.c.n_tokens,
+    )
+    return [_info(row) for row in connection.execute(query)]
+
+
+def tokens_of(connection: sa.Connection, session_id: int) -> TokenIds:
+    """All token ids of a session."""
+    rows = connection.execute(
+        sa.select(session_tokens.c.tokens)
+        .where(session_tokens.c.session_id == session_id)
+        .order_by(session_tokens.c.start)
+    ).scalars()
+    slices = list(rows)
+    if any(type(ids) is not bytes or len(ids) % TOKEN_NBYTES for ids in slices):
+        raise CorruptStoreError(f"session row {session_id}: its token ids are not 64-bit integers")
+    return from_big_endian(b"".join(slices))
+
+
+def head_of(connection: sa.Connection, session_id: int) -> int | None:
+    """The row id of the chunk that holds the session's last token."""
+    head: int | None = connection.execute(
+        sa.select(sessions.c.head_id).where(sessions.c.id == session_id)
+    ).scalar_one_or_none()
+    return head
+
+
+def ends_in(connection: sa.Connection, chunk_id: int) -> bool:
+    """Whether any session's last token lies in this chunk."""
+    return bool(
+        connection.execute(
+            sa.select(sa.exists().where(sessions.c.head_id == chunk_id))
+        ).scalar_one()
+    )
+
+
+def through_chunk(connection: sa.Connection, chunk_id: int) -> str | None:
+    """The name of a session whose tokens run through this chunk, if there is one."""
+    below = sa.select(sa.literal(chunk_id).label("id")).cte("below", recursive=True)
+    below = below.union(
+        sa.select(chunks.c.id).where(
+            sa.or_(chunks.c.parent_id == below.c.id, chunks.c.base_id == below.c.id)
+        )
+    )
+    query = sa.select(sessions.c.name).join(below, below.c.id == sessions.c.head_id).limit(1)
+    name: str | None = connection.execute(query).scalar_one_or_none()
+    return name
+
+
+def put(
+    connection: sa.Connection,
+    *,
+    session_id: int | None,
+    namespace: str,
+    name: str,
+    space_id: int,
+    head_id: int,
+    ids: TokenIds,
+    slice_n_tokens: int,
+    metadata: bytes,
+    now_ms: int,
+) -> int:
+    """Write a session, new or over ``session_id``; only token slices that differ are written."""
+    values = {
+        "space_id": space_id,
+        "head_id": head_id,
+        "n_tokens": len(ids),
+        "metadata": metadata,
+        "updated_at_ms": now_ms,
+    }
+    if session_id is None:
+        session_id = insert_row(
+            connection, sessions, namespace=namespace, name=name, created_at_ms=now_ms, **values
+        )
+    else:
+        connection.execute(sa.update(sessions).where(sessions.c.id == session_id).values(**values))
+    _put_tokens(connection, session_id, ids, slice_n_tokens=slice_n_tokens)
+    return session_id
+
+
+def move_heads(connection: sa.Connection, chunk_ids: Sequence[int]) -> None:
+    """Let sessions that end in one of these chunks hold only the chunk's parent."""
+    parent = sa.select(chunks.c.parent_id).where(chunks.c.id == sessions.c.head_id)
+    connection.execute(
+        sa.update(sessions)
+        .where(sessions.c.head_id.in_(chunk_ids))
+        .values(head_id=parent.scalar_subquery())
+    )
+
+
+def delete(connection: sa.Connection, session_id: int) -> None:
+    """Delete a session's rows; its chunks stay."""
+    connection.execute(sa.delete(session_tokens).where(session_tokens.c.session_id == session_id))
+    connection.execute(sa.delete(sessions).where(sessions.c.id == session_id))
+
+
+def _put_tokens(
+    connection: sa.Connection, session_id: int, ids: TokenIds, *, slice_n_tokens: int
+) -> None:
+    """Make the session's token rows spell ``ids``; unchanged rows are left alone."""
+    stored = {
+        row.start: row.tokens
+        for row in connection.execute(
+            sa.select(session_tokens.c.start, session_tokens.c.tokens).where(
+                session_tokens.c.session_id == session_id
+            )
+        )
+    }
+    wanted = {
+        start: to_big_endian(array("Q", ids[start : start + slice_n_tokens]))
+        for start in range(0, len(ids), slice_n_tokens)
+    }
+    stale = [start for start in stored if stored[start] != wanted.get(start)]
+    if stale:
+        connection.execute(
+            sa.delete(session_tokens).where(
+                session_tokens.c.session_id == session_id, session_tokens.c.start.in_(stale)
+            )
+        )
+    fresh = [
+        {"session_id": session_id, "start": start, "tokens": tokens}
+        for start, tokens in wanted.items()
+        if stored.get(start) != tokens
+    ]
+    if fresh:
+        connection.execute(sa.insert(session_tokens), fresh)

@@ -1,0 +1,45 @@
+"""What a kind of state has to answer. Integers in, integers out; no bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstore.layout import Held, TensorSpec
+from kvstore.ranges import Range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """``n_slots`` slots from ``slot`` on, holding positions in ascending order."""
+
+    slot: int
+    n_slots: int
+
+
+class StateKind(Protocol):
+    """The arithmetic of one kind."""
+
+    def resident(self, spec: TensorSpec, held: Held) -> list[Range]:
+        """The positions whose content the live tensor has now."""
+        ...
+
+    def required(self, spec: TensorSpec, n_tokens: int) -> list[Range]:
+        """The positions that must be in place for the next token to see ``n_tokens`` tokens."""
+        ...
+
+    def servable(self, spec: TensorSpec, stored: list[Range], limit_n_tokens: int) -> int:
+        """The largest ``n <= limit_n_tokens`` with ``required(n)`` within ``stored``; 0 if none."""
+        ...
+
+    def is_storable(self, spec: TensorSpec, start: int, stop: int) -> bool:
+        """Whether one blob may hold positions ``[start, stop)``; no other row is believed."""
+        ...
+
+    def runs(self, spec: TensorSpec, start: int, stop: int) -> list[Run]:
+        """Where positions ``[start, stop)`` lie, in position order."""
+        ...
+
+    def can_truncate(self, spec: TensorSpec, held: Held, n_tokens: int) -> bool:
+        """Whether forgetting the tokens behind ``n_tokens`` leaves what ``n_tokens`` need."""
+        ...

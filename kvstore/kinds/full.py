@@ -1,0 +1,37 @@
+"""One slot a token for ever: any token range can be cut out and put back."""
+
+from __future__ import annotations
+
+from kvstore.kinds.base import Run
+from kvstore.layout import Held, TensorSpec
+from kvstore.ranges import Range, union
+
+
+class Full:
+    """Position ``p`` lies in slot ``p``."""
+
+    def resident(self, spec: TensorSpec, held: Held) -> list[Range]:  # noqa: ARG002
+        """All that the cache holds."""
+        return union([(0, held.n_tokens)])
+
+    def required(self, spec: TensorSpec, n_tokens: int) -> list[Range]:  # noqa: ARG002
+        """Every token."""
+        return union([(0, n_tokens)])
+
+    def servable(self, spec: TensorSpec, stored: list[Range], limit_n_tokens: int) -> int:  # noqa: ARG002
+        """As far as nothing is missing from position 0 on."""
+        if not stored or stored[0][0] > 0:
+            return 0
+        return min(stored[0][1], limit_n_tokens)
+
+    def is_storable(self, spec: TensorSpec, start: int, stop: int) -> bool:  # noqa: ARG002
+        """As far as there are slots."""
+        return stop <= spec.capacity_n_tokens
+
+    def runs(self, spec: TensorSpec, start: int, stop: int) -> list[Run]:  # noqa: ARG002
+        """One run."""
+        return [Run(slot=start, n_slots=stop - start)]
+
+    def can_truncate(self, spec: TensorSpec, held: Held, n_tokens: int) -> bool:  # noqa: ARG002
+        """Always."""
+        return True

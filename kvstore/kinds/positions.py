@@ -1,0 +1,54 @@
+"""A ring's bookkeeping: which position each slot holds. Derived, never stored.
+
+ExecuTorch's ``cache_positions``, int64 ``[S]``: the position in a slot, or -1.
+What a slot holds follows from the cache's length, so a restore writes it anew.
+"""
+
+from __future__ import annotations
+
+from kvstore.kinds.base import Run
+from kvstore.kinds.window import Window
+from kvstore.layout import Held, TensorSpec
+from kvstore.ranges import Range
+
+EMPTY = -1
+"""What a slot says that holds no position."""
+
+
+class Positions:
+    """Nothing to read, nothing required; slots are a ring's."""
+
+    def resident(self, spec: TensorSpec, held: Held) -> list[Range]:  # noqa: ARG002
+        """Nothing to store."""
+        return []
+
+    def required(self, spec: TensorSpec, n_tokens: int) -> list[Range]:  # noqa: ARG002
+        """Nothing to read."""
+        return []
+
+    def servable(self, spec: TensorSpec, stored: list[Range], limit_n_tokens: int) -> int:  # noqa: ARG002
+        """Any length."""
+        return limit_n_tokens
+
+    def is_storable(self, spec: TensorSpec, start: int, stop: int) -> bool:  # noqa: ARG002
+        """Never."""
+        return False
+
+    def runs(self, spec: TensorSpec, start: int, stop: int) -> list[Run]:
+        """The slots of the ring that it describes."""
+        return Window().runs(spec, start, stop)
+
+    def can_truncate(self, spec: TensorSpec, held: Held, n_tokens: int) -> bool:
+        """As the ring can."""
+        return Window().can_truncate(spec, held, n_tokens)
+
+
+def slot_positions(spec: TensorSpec, n_tokens: int) -> list[int]:
+    """The content for a cache of ``n_tokens`` that holds what they require: one int a slot."""
+    slots = [EMPTY] * spec.capacity_n_tokens
+    for start, stop in Window().required(spec, n_tokens):
+        position = start
+        for run in Window().runs(spec, start, stop):
+            slots[run.slot : run.slot + run.n_slots] = range(position, position + run.n_slots)
+            position += run.n_slots
+    return slots

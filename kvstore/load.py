@@ -1,0 +1,350 @@
+"""Loading: rows -> codec -> chunk -> layout -> live buffer.
+
+Never leaves doubt: the cache's length drops before the first byte is written,
+and grows again only over chunks that arrived whole and verified.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from kvstore import codec, regions
+from kvstore.checksum import blob_checksum
+from kvstore.db import blobs, models, sessions
+from kvstore.db import engine as db
+from kvstore.db.schema import Database
+from kvstore.db.vendor import vendor_errors
+from kvstore.errors import CorruptStoreError, SessionNotFoundError, StoreError
+from kvstore.kinds.positions import slot_positions
+from kvstore.layout import Kind, LiveCache
+from kvstore.load_plan import LoadItem, LoadPlan, LoadStep, plan_load
+from kvstore.match import blob_raw_nbytes
+from kvstore.tokens import TokenIds, common_prefix_n_tokens
+
+_POSITION_TYPECODE = {"int64": "q", "int32": "i"}
+
+_MAX_PENDING_BLOBS = 8
+"""How far the reader may run ahead of the decoders: bounds memory."""
+
+
+class MissReason(StrEnum):
+    """Why a load restored fewer tokens than it could have."""
+
+    NO_MATCH = "no_match"
+    """Nothing stored for this model goes on as the prompt does."""
+
+    OTHER_MODEL = "other_model"
+    """The layout fits, but what is stored is of other weights or another program."""
+
+    OTHER_LAYOUT = "other_layout"
+    """What is stored is of models with another cache layout."""
+
+    CORRUPT = "corrupt"
+    """A stored row is damaged; what lies before it was restored."""
+
+    EVICTED = "evicted"
+    """It was saved, and pruned since."""
+
+    CAPACITY = "capacity"
+    """The cache has no room for more."""
+
+    WINDOW_GONE = "window_gone"
+    """The tokens match further, but a ring's window there was never saved."""
+
+    NO_CHECKPOINT = "no_checkpoint"
+    """The tokens match further, but no recurrent state was saved there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadResult:
+    """What a load did; the live cache now holds exactly ``tokens[:n_tokens]``.
+
+    ``n_tokens`` is at most ``n_requested - 1``: the last token is left for
+    ``forward``, which gives the next token's logits. With a layout that stores the
+    last logits (recurrent models) it may be ``n_requested``; ``has_logits`` says
+    that the cache's logits are those of the last token. ``reason`` is None when
+    no more could have been restored, else ``detail`` says more. ``n_kept_tokens`` of them
+    were live already; only the others were read. ``tokens`` and ``metadata``
+    are the session's own after a load by name. ``session`` names a session
+    whose chunks served (None for unnamed saves), ``chunks`` their keys in hex.
+    ``raw_nbytes`` were restored from ``stored_nbytes`` read.
+    """
+
+    n_tokens: int
+    n_requested: int
+    n_kept_tokens: int
+    has_logits: bool
+    reason: MissReason | None
+    detail: str
+    tokens: TokenIds
+    metadata: dict[str, Any] | None
+    session: str | None
+    chunks: tuple[str, ...]
+    raw_nbytes: int
+    stored_nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequest:
+    """A checked call of ``load_session``: token ids or a session's name."""
+
+    cache: LiveCache
+    ids: TokenIds | None
+    name: str | None
+    namespace: str
+    chunk_n_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A load's result, and the chunk row to mark as used."""
+
+    result: LoadResult
+    used_chunk_id: int | None
+
+
+def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
+    """Restore the longest prefix that can be served; a miss is a result, not an error.
+
+    Raises:
+        SessionNotFoundError: no session has that name.
+        StoreError: the file cannot be read at all; the cache is unchanged.
+    """
+    began = time.perf_counter()
+    cache = request.cache
+    with db.read_transaction(database.engine) as connection:
+        ids, metadata = _wanted(connection, request, database)
+        space = models.find_space(
+            connection,
+            cache.fingerprint,
+            chunk_n_tokens=request.chunk_n_tokens,
+            namespace=request.namespace,
+        )
+        with vendor_errors(database.path):
+            plan = plan_load(connection, cache, space, ids)
+        outcome = _Restore(connection, cache, workers, database.path).run(plan)
+
+        n_tokens = outcome.n_tokens
+        has_logits = n_tokens == len(ids)
+        reason, detail = None, ""
+        if n_tokens < min(len(ids) - 1, plan.limit_n_tokens):
+            reason, detail = _explain(connection, request, plan, outcome)
+        elif n_tokens < len(ids) - 1:
+            reason = MissReason.CAPACITY
+            detail = f"the cache has room for {n_tokens} tokens"
+        used = [match for match in plan.matches if match.chunk.start < n_tokens]
+        serving = used[-1].chunk if used else None
+        session = request.name
+        if session is None and serving is not None:
+            session = sessions.through_chunk(connection, serving.id)
+        result = LoadResult(
+            n_tokens=n_tokens,
+            n_requested=len(ids),
+            n_kept_tokens=min(plan.kept_n_tokens, n_tokens),
+            has_logits=has_logits,
+            reason=reason,
+            detail=detail,
+            tokens=ids,
+            metadata=metadata,
+            session=session,
+            chunks=tuple(match.chunk.key.hex() for match in used),
+            raw_nbytes=outcome.raw_nbytes,
+            stored_nbytes=outcome.stored_nbytes,
+            seconds=time.perf_counter() - began,
+        )
+    return Loaded(result=result, used_chunk_id=None if serving is None else serving.id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """How far the bytes got."""
+
+    n_tokens: int
+    raw_nbytes: int = 0
+    stored_nbytes: int = 0
+    failure: str | None = None
+
+
+class _Restore:
+    """Reads blobs in order and decodes them on the workers, a bounded step behind."""
+
+    def __init__(
+        self, connection: sa.Connection, cache: LiveCache, workers: Executor, path: Path
+    ) -> None:
+        self._connection = connection
+        self._cache = cache
+        self._workers = workers
+        self._path = path
+        self._raw_nbytes = 0
+        self._stored_nbytes = 0
+
+    def run(self, plan: LoadPlan) -> _Outcome:
+        """Put the planned blobs in place; the cache's length is never more than what arrived.
+
+        A cache of full tensors keeps the chunks that arrived before a failure; rings
+        and recurrent state are worth nothing in part, so such a cache is emptied.
+        """
+        cache = self._cache
+        failure = plan.damage
+        cache.truncate(plan.kept_n_tokens)
+        valid_n_tokens = plan.kept_n_tokens
+        try:
+            with vendor_errors(self._path):
+                for step in plan.steps:
+                    self.step(step)
+                    if cache.layout.is_full:
+                        valid_n_tokens = step.stop
+            if plan.n_tokens > plan.kept_n_tokens:
+                self.slot_positions(plan.n_tokens)
+                valid_n_tokens = plan.n_tokens
+        except StoreError as error:
+            failure = str(error)
+        finally:
+            if valid_n_tokens < plan.n_tokens and not cache.layout.is_full:
+                valid_n_tokens = 0
+                cache.truncate(0)
+            if valid_n_tokens > plan.kept_n_tokens:
+                cache.adopt(plan.ids[:valid_n_tokens])
+        return _Outcome(
+            n_tokens=valid_n_tokens,
+            raw_nbytes=self._raw_nbytes,
+            stored_nbytes=self._stored_nbytes,
+            failure=failure,
+        )
+
+    def step(self, step: LoadStep) -> None:
+        """Put the blobs of one chunk in place.
+
+        Returns when all of them have arrived and are verified; no worker writes
+        any more, also after an exception.
+        """
+        pending: deque[Future[int]] = deque()
+        with _all_settled(pending):
+            for item in step.items:
+                if len(pending) >= _MAX_PENDING_BLOBS:
+                    self._raw_nbytes += pending.popleft().result()
+                stored = blobs.read_payload(self._connection, item.row.payload_id)
+                self._stored_nbytes += len(stored)
+                pending.append(self._workers.submit(_decode_blob, self._cache, item, stored))
+            while pending:
+                self._raw_nbytes += pending.popleft().result()
+
+    def slot_positions(self, n_tokens: int) -> None:
+        """Write which position each slot of each ring holds now."""
+        for tensor, spec in enumerate(self._cache.layout.tensors):
+            if spec.kind is Kind.POSITIONS:
+                content = array(_POSITION_TYPECODE[spec.dtype], slot_positions(spec, n_tokens))
+                self._cache.buffer(tensor)[:] = memoryview(content).cast("B")
+
+
+def _decode_blob(cache: LiveCache, item: LoadItem, stored: bytes) -> int:
+    """Verify one blob and put the wanted part of it in place; returns the bytes put."""
+    row = item.row
+    spec = cache.layout.tensors[row.tensor]
+    buffer = cache.buffer(row.tensor)
+    is_whole = (item.start, item.stop) == (row.start, row.stop)
+    decoded = regions.in_place(spec, buffer, row.start, row.stop) if is_whole else None
+    in_place = decoded is not None
+    if decoded is None:
+        decoded = memoryview(bytearray(row.raw_nbytes))
+    codec.decode_into(row.codec, memoryview(stored), decoded)
+    if blob_checksum(item.key, row.tensor, row.start, row.stop, decoded) != row.checksum:
+        raise CorruptStoreError(
+            f"chunk {item.key.hex()[:12]}, {spec.name}, tokens [{row.start}, {row.stop}): "
+            "the checksum does not match what is stored"
+        )
+    nbytes = blob_raw_nbytes(spec, item.start, item.stop)
+    if not in_place:
+        first = (item.start - row.start) * spec.slot_nbytes
+        regions.scatter(spec, buffer, item.start, item.stop, decoded[first : first + nbytes])
+    return nbytes
+
+
+@contextmanager
+def _all_settled(pending: Sequence[Future[int]]) -> Iterator[None]:
+    """Wait for every pending decode at the end, whatever happened."""
+    try:
+        yield
+    finally:
+        for future in pending:
+            if not future.cancel():
+                future.exception()
+
+
+def _wanted(
+    connection: sa.Connection, request: LoadRequest, database: Database
+) -> tuple[TokenIds, dict[str, Any] | None]:
+    """The token ids to restore, and the metadata that comes with a name."""
+    if request.name is None:
+        if request.ids is None:
+            raise TypeError("a load needs token ids or a name")
+        return request.ids, None
+    session = sessions.find(connection, namespace=request.namespace, name=request.name)
+    if session is None:
+        raise SessionNotFoundError(
+            f"{database.path}: no session is named {request.name!r}; `kvstore ls` lists them"
+        )
+    ids = sessions.tokens_of(connection, session.id)
+    if not ids or len(ids) != session.n_tokens:
+        raise CorruptStoreError(
+            f"{database.path}: session {request.name!r} should have {session.n_tokens} token ids, "
+            f"found {len(ids)}; run `kvstore verify`, and restore a copy of the file"
+        )
+    return ids, session.metadata
+
+
+def _explain(
+    connection: sa.Connection,
+    request: LoadRequest,
+    plan: LoadPlan,
+    outcome: _Outcome,
+) -> tuple[MissReason, str]:
+    """Why the cache does not hold more than ``outcome.n_tokens``."""
+    n_tokens = outcome.n_tokens
+    if outcome.failure is not None:
+        return MissReason.CORRUPT, outcome.failure
+    if plan.limited_by is not None:
+        kind = request.cache.layout.tensors[plan.limited_by].kind
+        reason = MissReason.WINDOW_GONE if kind is Kind.WINDOW else MissReason.NO_CHECKPOINT
+        name = request.cache.layout.tensors[plan.limited_by].name
+        return reason, f"{plan.matched_n_tokens} tokens match, but {name} was not saved there"
+    if plan.space is None:
+        return _explain_model(connection, request)
+    for session in sessions.with_less_than_saved(connection, space_id=plan.space.id):
+        saved = sessions.tokens_of(connection, session.id)
+        if common_prefix_n_tokens(saved, plan.ids[:-1]) > n_tokens:
+            return (
+                MissReason.EVICTED,
+                f"session {session.name!r} had more, but its K and V were pruned",
+            )
+    return MissReason.NO_MATCH, f"nothing stored goes on as the prompt does at {n_tokens}"
+
+
+def _explain_model(connection: sa.Connection, request: LoadRequest) -> tuple[MissReason, str]:
+    """Why nothing at all is stored for this model."""
+    fingerprint = request.cache.fingerprint
+    known = models.fingerprints(connection)
+    if fingerprint in known:
+        return MissReason.NO_MATCH, "nothing is stored with this chunk size in this namespace"
+    if not known:
+        return MissReason.NO_MATCH, "the store is empty"
+    same_layout = [other for other in known if other.layout == fingerprint.layout]
+    if not same_layout:
+        return MissReason.OTHER_LAYOUT, "what is stored has another cache layout"
+    if any(other.program == fingerprint.program for other in same_layout):
+        return MissReason.OTHER_MODEL, "the same program is stored with other weights"
+    if any(other.weights == fingerprint.weights for other in same_layout):
+        return MissReason.OTHER_MODEL, "the same weights are stored with another program"
+    return MissReason.OTHER_MODEL, "what is stored has other weights and another program"

@@ -1,0 +1,183 @@
+"""Planning a load: how far the stored tokens match, how far every tensor can serve, what to read.
+
+Only reads rows and decides; no payload, no buffer. ``kvstore.load`` acts.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from kvstore.db.blobs import BlobRow
+from kvstore.db.models import SpaceRow
+from kvstore.errors import CorruptStoreError
+from kvstore.kinds import kind_of
+from kvstore.layout import LOGITS_ROLE, Kind, Layout, LiveCache
+from kvstore.match import ChunkMatch, Piece, longest_prefix, piece_blobs, pieces
+from kvstore.prefix import Key
+from kvstore.ranges import Range, clip, intersect, subtract, union
+from kvstore.tokens import TokenIds, common_prefix_n_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadItem:
+    """Positions ``[start, stop)`` of one tensor, to be taken from one blob."""
+
+    row: BlobRow
+    key: Key
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadStep:
+    """What one chunk gives; after it, full tensors are in place up to ``stop``."""
+
+    stop: int
+    items: tuple[LoadItem, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPlan:
+    """What a load is going to do.
+
+    ``ids`` are wanted, and looked for in ``space``. The cache keeps its first
+    ``kept_n_tokens`` and will hold ``n_tokens``, at most ``limit_n_tokens``. The
+    stored tokens match ``matched_n_tokens`` of the prompt; ``limited_by`` is the
+    tensor that cannot serve as many, if there is one.
+    ``damage`` says what was found wrong on the way.
+    """
+
+    ids: TokenIds
+    space: SpaceRow | None
+    limit_n_tokens: int
+    kept_n_tokens: int
+    n_tokens: int
+    matched_n_tokens: int
+    limited_by: int | None
+    matches: tuple[ChunkMatch, ...]
+    steps: tuple[LoadStep, ...]
+    damage: str | None
+
+
+def plan_load(
+    connection: sa.Connection, cache: LiveCache, space: SpaceRow | None, ids: TokenIds
+) -> LoadPlan:
+    """The longest prefix of ``ids`` that every tensor can serve, and the blobs that it takes."""
+    layout = cache.layout
+    with_logits = any(
+        tensor.role == LOGITS_ROLE and tensor.kind is Kind.CHECKPOINT for tensor in layout.tensors
+    )
+    limit = min(len(ids) if with_logits else len(ids) - 1, layout.capacity_n_tokens)
+    kept = _kept(cache, ids, limit)
+    matches: list[ChunkMatch] = []
+    found: list[tuple[ChunkMatch, Piece, Sequence[BlobRow]]] = []
+    damage: str | None = None
+    try:
+        for match in () if space is None else longest_prefix(connection, space, ids[:limit]):
+            matches.append(match)
+            if layout.is_full and match.stop <= kept:
+                continue  # live already; not even its rows are needed
+            found += [
+                (match, piece, piece_blobs(connection, piece, layout))
+                for piece in pieces(connection, match)
+            ]
+    except CorruptStoreError as error:
+        damage = str(error)  # what came before it can still serve
+    live = [
+        clip(kind_of(spec).resident(spec, cache.held), 0, kept)
+        if kept == cache.held.n_tokens or spec.kind is not Kind.CHECKPOINT
+        else []
+        for spec in layout.tensors
+    ]
+    available = [
+        union([*live[tensor], *_stored(found, tensor)]) for tensor in range(len(layout.tensors))
+    ]
+    n_tokens, limited_by = _servable(layout, available, limit)
+    matched = max([kept, *(match.stop for match in matches)])
+    n_tokens = max(kept, n_tokens)
+    if n_tokens >= matched:
+        limited_by = None
+    return LoadPlan(
+        ids=ids,
+        space=space,
+        limit_n_tokens=limit,
+        kept_n_tokens=kept,
+        n_tokens=n_tokens,
+        matched_n_tokens=matched,
+        limited_by=limited_by,
+        matches=tuple(matches),
+        steps=_steps(layout, found, live, n_tokens) if n_tokens > kept else (),
+        damage=damage,
+    )
+
+
+def _kept(cache: LiveCache, ids: TokenIds, limit_n_tokens: int) -> int:
+    """How many tokens at the start of the live cache can stay."""
+    if cache.taint is not None:
+        return 0
+    common = common_prefix_n_tokens(array("Q", cache.tokens), ids)
+    kept = min(common, limit_n_tokens)
+    held = cache.held
+    if all(kind_of(spec).can_truncate(spec, held, kept) for spec in cache.layout.tensors):
+        return kept
+    return 0
+
+
+def _stored(
+    found: Sequence[tuple[ChunkMatch, Piece, Sequence[BlobRow]]], tensor: int
+) -> list[Range]:
+    """The positions of one tensor that the matched pieces have blobs for."""
+    return [
+        (row.start, min(row.stop, piece.stop))
+        for _, piece, rows in found
+        for row in rows
+        if row.tensor == tensor and row.start < piece.stop
+    ]
+
+
+def _servable(
+    layout: Layout, available: Sequence[list[Range]], limit_n_tokens: int
+) -> tuple[int, int | None]:
+    """The longest length that every tensor can serve, and the ring or checkpoint that limits it."""
+    n_tokens, limited_by = limit_n_tokens, None
+    settled = False
+    while n_tokens and not settled:
+        settled = True
+        for tensor, spec in enumerate(layout.tensors):
+            servable = kind_of(spec).servable(spec, available[tensor], n_tokens)
+            if servable < n_tokens:
+                n_tokens, settled = servable, False
+                if spec.kind is not Kind.FULL:
+                    limited_by = tensor
+    return n_tokens, limited_by
+
+
+def _steps(
+    layout: Layout,
+    found: Sequence[tuple[ChunkMatch, Piece, Sequence[BlobRow]]],
+    live: Sequence[list[Range]],
+    n_tokens: int,
+) -> tuple[LoadStep, ...]:
+    """The blobs that hold what ``n_tokens`` require and the cache does not have, by chunk."""
+    wanted = [
+        subtract(kind_of(spec).required(spec, n_tokens), live[tensor])
+        for tensor, spec in enumerate(layout.tensors)
+    ]
+    by_chunk: dict[int, list[LoadItem]] = {}
+    stops: dict[int, int] = {}
+    for match, piece, rows in found:
+        stops[match.chunk.id] = min(match.stop, n_tokens)
+        items = by_chunk.setdefault(match.chunk.id, [])
+        for row in rows:
+            reach = [(row.start, min(row.stop, piece.stop))]
+            for start, stop in intersect(reach, wanted[row.tensor]):
+                items.append(LoadItem(row=row, key=piece.owner.key, start=start, stop=stop))
+    return tuple(
+        LoadStep(stop=stops[chunk_id], items=tuple(items))
+        for chunk_id, items in by_chunk.items()
+        if items
+    )

@@ -1,0 +1,168 @@
+"""Matching: the longest stored prefix of a prompt, and where its blobs lie. Only reads."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from kvstore.db import blobs, chunks
+from kvstore.db.blobs import BlobRow
+from kvstore.db.chunks import ChunkRow
+from kvstore.db.models import SpaceRow
+from kvstore.errors import CorruptStoreError
+from kvstore.kinds import kind_of
+from kvstore.layout import Kind, Layout, TensorSpec
+from kvstore.prefix import chunk_key, full_chunk_keys
+from kvstore.ranges import Range, n_positions, union
+from kvstore.tokens import TokenIds, common_prefix_n_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkMatch:
+    """A stored chunk of which the prompt has tokens ``[chunk.start, stop)``."""
+
+    chunk: ChunkRow
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Tokens ``[start, stop)`` of a matched chunk, held by ``owner``'s own blobs.
+
+    The blobs may go on behind ``stop``. ``owner`` is the matched chunk, or one
+    that it borrows from.
+    """
+
+    owner: ChunkRow
+    start: int
+    stop: int
+
+
+def longest_prefix(
+    connection: sa.Connection, space: SpaceRow, ids: TokenIds
+) -> Iterator[ChunkMatch]:
+    """The chunks that hold the longest stored prefix of ``ids``, in token order.
+
+    A key finds a chunk; the stored token ids decide whether it is a match. The
+    last match may cover only the first part of its chunk.
+
+    Raises:
+        CorruptStoreError: a row is damaged; what came before it is a prefix.
+    """
+    size = space.chunk_n_tokens
+    keys = full_chunk_keys(space.root, ids, chunk_n_tokens=size)
+    stored = chunks.by_keys(connection, keys)
+    n_matches = 0
+    parent_key = space.root
+    for number, key in enumerate(keys):
+        chunk = stored.get(key)
+        start = number * size
+        if chunk is None or chunk.start != start or chunk.tokens != ids[start : start + size]:
+            break
+        yield ChunkMatch(chunk=chunk, stop=chunk.stop)
+        n_matches += 1
+        parent_key = key
+    start = n_matches * size
+    rest = array("Q", ids[start : start + size])
+    if not rest:
+        return
+    best: ChunkMatch | None = None
+    for sibling in chunks.neighbours(connection, parent_key, rest):
+        stop = start + common_prefix_n_tokens(sibling.tokens, rest)
+        is_genuine = sibling.start == start and sibling.key == chunk_key(parent_key, sibling.tokens)
+        if is_genuine and stop > (best.stop if best else start):
+            best = ChunkMatch(chunk=sibling, stop=stop)
+    if best is not None:
+        yield best
+
+
+def pieces(connection: sa.Connection, match: ChunkMatch) -> list[Piece]:
+    """Whose blobs hold the match, in token order.
+
+    Raises:
+        CorruptStoreError: a chunk borrows from one that is missing or that has
+            other tokens.
+    """
+    found: list[Piece] = []
+    owner, stop = match.chunk, match.stop
+    while True:
+        own_start = owner.start + owner.base_n_tokens
+        if stop > own_start:
+            found.append(Piece(owner=owner, start=own_start, stop=stop))
+            stop = own_start
+        if owner.base_id is None:
+            break
+        base = chunks.by_id(connection, owner.base_id)
+        if (
+            base is None
+            or base.parent_key != owner.parent_key
+            or base.start != owner.start
+            or base.key != chunk_key(base.parent_key, base.tokens)
+            or base.tokens[: owner.base_n_tokens] != owner.tokens[: owner.base_n_tokens]
+            or (base.base_id is not None and base.base_n_tokens >= owner.base_n_tokens)
+        ):
+            raise CorruptStoreError(
+                f"chunk {owner.key.hex()[:12]} borrows from a chunk that is missing or differs"
+            )
+        owner = base
+    return found[::-1]
+
+
+def blob_raw_nbytes(spec: TensorSpec, start: int, stop: int) -> int:
+    """Decoded bytes of a blob of positions ``[start, stop)``."""
+    runs = kind_of(spec).runs(spec, start, stop)
+    return sum(run.n_slots for run in runs) * spec.slot_nbytes
+
+
+def piece_blobs(connection: sa.Connection, piece: Piece, layout: Layout) -> Sequence[BlobRow]:
+    """The blobs of a piece's owner in tensor order, each row checked against the layout.
+
+    Every number that later decides an allocation is checked here. A full tensor has
+    exactly one blob over the owner's own tokens; a window has what was resident when
+    it was saved; a checkpoint has the lengths that it was saved at.
+
+    Raises:
+        CorruptStoreError: a blob is missing, or a row is not what it must be.
+    """
+    rows = blobs.of_chunk(connection, piece.owner.id)
+    start, stop = piece.owner.start + piece.owner.base_n_tokens, piece.owner.stop
+    where = f"chunk {piece.owner.key.hex()[:12]}"
+    seen: dict[int, list[Range]] = {tensor: [] for tensor in range(len(layout.tensors))}
+    for row in rows:
+        if row.tensor not in seen:
+            raise CorruptStoreError(f"{where}: a blob of tensor {row.tensor}, which is none")
+        spec = layout.tensors[row.tensor]
+        if not start <= row.start < row.stop <= stop:
+            raise CorruptStoreError(
+                f"{where}, {spec.name}: expected tokens within [{start}, {stop}), "
+                f"found [{row.start}, {row.stop})"
+            )
+        if not kind_of(spec).is_storable(spec, row.start, row.stop):
+            raise CorruptStoreError(
+                f"{where}, {spec.name}: a {spec.kind} tensor never has tokens "
+                f"[{row.start}, {row.stop}) in one blob"
+            )
+        raw_nbytes = blob_raw_nbytes(spec, row.start, row.stop)
+        if row.raw_nbytes != raw_nbytes:
+            raise CorruptStoreError(
+                f"{where}, {spec.name}: expected {raw_nbytes} bytes, the row says {row.raw_nbytes}"
+            )
+        if row.payload_nbytes != row.stored_nbytes or row.stored_nbytes > raw_nbytes:
+            raise CorruptStoreError(
+                f"{where}, {spec.name}: expected a payload of {row.stored_nbytes} bytes "
+                f"(at most {raw_nbytes}), found {row.payload_nbytes}"
+            )
+        seen[row.tensor].append((row.start, row.stop))
+    for tensor, ranges in seen.items():
+        spec = layout.tensors[tensor]
+        if spec.kind is Kind.FULL and ranges != [(start, stop)]:
+            raise CorruptStoreError(
+                f"{where}, {spec.name}: expected one blob of tokens [{start}, {stop}), "
+                f"found {ranges}"
+            )
+        if n_positions(union(ranges)) != n_positions(ranges):
+            raise CorruptStoreError(f"{where}, {spec.name}: its blobs overlap: {ranges}")
+    return rows

@@ -1,0 +1,443 @@
+"""Saving: live buffer -> layout -> chunk -> codec -> rows.
+
+What is already there is found by key and left alone, so the work grows with the
+new tokens. Chunks are encoded outside of any transaction and written in short
+ones; each is valid by itself. The last transaction publishes the session.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from kvstore import codec, regions
+from kvstore.checksum import blob_checksum
+from kvstore.clock import now_ms
+from kvstore.db import blobs, chunks, eviction, leases, models, sessions
+from kvstore.db import engine as db
+from kvstore.db.blobs import NewBlob
+from kvstore.db.chunks import ChunkRow
+from kvstore.db.models import SpaceRow
+from kvstore.db.schema import Database
+from kvstore.db.tables import FORMAT_VERSION
+from kvstore.errors import NewerFormatError, SessionConflictError, StoreBusyError
+from kvstore.layout import Fingerprint, LiveCache
+from kvstore.match import blob_raw_nbytes
+from kvstore.prefix import Key, full_chunk_keys
+from kvstore.prune import keep_budget, make_room
+from kvstore.save_plan import (
+    FillIn,
+    Link,
+    NewChunk,
+    Part,
+    SaveRequest,
+    Write,
+    lacking_parts,
+    plan_save,
+)
+from kvstore.thinning import thin_checkpoints
+
+_BATCH_NBYTES = 16 << 20
+_BATCH_N_CHUNKS = 8
+_MAX_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveResult:
+    """What a save did.
+
+    ``n_new_tokens`` were not in the file before, ``n_present_tokens`` were;
+    together they are ``n_tokens``. ``raw_nbytes`` and ``stored_nbytes`` are the
+    K and V written now, before and after the codec (a tail that became a full
+    chunk is written once more, as one).
+    """
+
+    name: str | None
+    n_tokens: int
+    n_new_tokens: int
+    n_present_tokens: int
+    raw_nbytes: int
+    stored_nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Encoded:
+    """A planned write with its blobs on the way."""
+
+    write: Write
+    blobs: Sequence[Future[NewBlob]]
+
+
+class _Stale(Exception):  # noqa: N818  # control flow, never leaves this module
+    """Another process changed what a plan relied on; plan again."""
+
+
+def save(database: Database, request: SaveRequest, workers: Executor) -> SaveResult:
+    """Store ``request.ids`` and publish the session; all of it or nothing of the name.
+
+    Raises:
+        SessionConflictError: the name belongs to another model's session.
+        BudgetError, DiskFullError, StoreBusyError: see ``kvstore.errors``;
+            chunks already written stay as cache, the session is unchanged.
+    """
+    began = time.perf_counter()
+    saver = _Saver(database, request, workers)
+    for _ in range(_MAX_ATTEMPTS):
+        try:
+            saver.run()
+            break
+        except _Stale:
+            continue
+        finally:
+            saver.drop_lease()
+    else:
+        raise StoreBusyError(
+            f"{database.path}: other processes kept deleting what this save builds on; try again"
+        )
+    return SaveResult(
+        name=request.name,
+        n_tokens=len(request.ids),
+        n_new_tokens=saver.n_new_tokens,
+        n_present_tokens=len(request.ids) - saver.n_new_tokens,
+        raw_nbytes=saver.raw_nbytes,
+        stored_nbytes=saver.stored_nbytes,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def check_writable_version(connection: sa.Connection) -> None:
+    """Refuse to write into a file that another process upgraded meanwhile.
+
+    Raises:
+        NewerFormatError: the file's format version is no longer ours.
+    """
+    version = db.pragma(connection, "user_version")
+    if version != FORMAT_VERSION:
+        raise NewerFormatError(
+            f"the file's format version is now {version}, this kvstore writes {FORMAT_VERSION}; "
+            "another process upgraded it: update kvstore and open the store again"
+        )
+
+
+def check_name(
+    connection: sa.Connection,
+    *,
+    namespace: str,
+    name: str,
+    fingerprint: Fingerprint,
+    replace: bool,
+) -> int | None:
+    """The row id of the session that may be written over, or None if the name is free.
+
+    Raises:
+        SessionConflictError: the name belongs to another model's session.
+    """
+    session = sessions.find(connection, namespace=namespace, name=name)
+    if session is None:
+        return None
+    if session.fingerprint != fingerprint and not replace:
+        raise SessionConflictError(
+            f"the name {name!r} belongs to a session of model {str(session.fingerprint)[:12]}, "
+            f"this cache is of model {str(fingerprint)[:12]}; choose another name, or pass "
+            "replace=True to write over it"
+        )
+    return session.id
+
+
+class _Saver:
+    """One save, over as many transactions as it takes.
+
+    Invariant: between transactions the lease holds the newest chunk of the
+    chain that is being built, so nothing of the chain can be deleted.
+    """
+
+    def __init__(self, database: Database, request: SaveRequest, workers: Executor) -> None:
+        self._engine = database.engine
+        self._request = request
+        self._workers = workers
+        self._lease_id: int | None = None
+        self._superseded: list[int] = []
+        self.n_new_tokens = 0
+        self.raw_nbytes = 0
+        self.stored_nbytes = 0
+
+    def run(self) -> None:
+        """Write what is missing, then publish; raises ``_Stale`` to be run again."""
+        with db.read_transaction(self._engine) as connection:
+            plan = plan_save(connection, self._request)
+        if not plan.writes and self._request.name is None:
+            return
+        batches = list(self._batches(plan.writes)) or [[]]
+        tip = plan.tip
+        written: list[_Encoded] = []
+        encoding = self._encode(batches[0])
+        try:
+            for following in [*batches[1:], None]:
+                # The workers encode the next batch while this one is written.
+                written, encoding = encoding, self._encode(following or [])
+                tip = self._write(written, tip, publish=following is None)
+        finally:
+            _settle([*written, *encoding])
+
+    def drop_lease(self) -> None:
+        """Let go of the chain; the published session (or the cache's age) holds it now."""
+        if self._lease_id is None:
+            return
+        lease_id, self._lease_id = self._lease_id, None
+        # Only after a failure, which is what the caller must hear of; a lease
+        # that cannot be dropped now expires.
+        with suppress(SQLAlchemyError), db.write_transaction(self._engine) as connection:
+            leases.drop(connection, lease_id)
+
+    def _batches(self, writes: Sequence[Write]) -> Iterator[list[Write]]:
+        """Cut the plan into transactions: memory stays bounded, and few syncs are needed."""
+        tensors = self._request.cache.layout.tensors
+        batch: list[Write] = []
+        batch_nbytes = 0
+        for write in writes:
+            write_nbytes = sum(
+                blob_raw_nbytes(tensors[part.tensor], part.start, part.stop) for part in write.parts
+            )
+            if batch and (
+                batch_nbytes + write_nbytes > _BATCH_NBYTES or len(batch) == _BATCH_N_CHUNKS
+            ):
+                yield batch
+                batch, batch_nbytes = [], 0
+            batch.append(write)
+            batch_nbytes += write_nbytes
+        if batch:
+            yield batch
+
+    def _encode(self, batch: Sequence[Write]) -> list[_Encoded]:
+        """Start encoding every blob of the batch on the workers."""
+        cache = self._request.cache
+        return [
+            _Encoded(
+                write=write,
+                blobs=[
+                    self._workers.submit(_encode_blob, cache, write.key, part)
+                    for part in write.parts
+                ],
+            )
+            for write in batch
+        ]
+
+    def _write(self, batch: Sequence[_Encoded], tip: Link | None, *, publish: bool) -> Link | None:
+        """One transaction: insert the batch, then hold it by a lease or publish it."""
+        encoded = [(item.write, [blob.result() for blob in item.blobs]) for item in batch]
+        request, now = self._request, now_ms()
+        need_nbytes = sum(blob.stored.nbytes for _, new in encoded for blob in new)
+        counted = (self.n_new_tokens, self.raw_nbytes, self.stored_nbytes)
+        try:
+            with db.write_transaction(self._engine) as connection:
+                check_writable_version(connection)
+                session_id = None
+                if request.name is not None:
+                    session_id = check_name(
+                        connection,
+                        namespace=request.namespace,
+                        name=request.name,
+                        fingerprint=request.cache.fingerprint,
+                        replace=request.replace,
+                    )
+                needed = _needed(batch, tip)
+                for chunk in needed:
+                    _check_unchanged(connection, chunk)
+                if request.max_nbytes is not None:
+                    leases.drop_expired(connection, now_ms=now)
+                    make_room(
+                        connection,
+                        max_nbytes=request.max_nbytes,
+                        need_nbytes=need_nbytes,
+                        held={chunk.id for chunk in needed},
+                    )
+                space = models.ensure_space(
+                    connection,
+                    request.cache.fingerprint,
+                    request.cache.layout,
+                    chunk_n_tokens=request.chunk_n_tokens,
+                    namespace=request.namespace,
+                    now_ms=now,
+                )
+                for write, new_blobs in encoded:
+                    if isinstance(write, FillIn):
+                        self._fill_in(connection, write, new_blobs)
+                    else:
+                        tip = self._insert(connection, space, write, new_blobs, tip, now)
+                if publish and tip is not None:
+                    self._publish(connection, space, session_id, tip.id, now)
+                elif tip is not None:
+                    self._lease_id = leases.hold(connection, self._lease_id, tip.id, now_ms=now)
+                if request.max_nbytes is not None:
+                    held = {chunk.id for chunk in (*needed, tip) if chunk is not None}
+                    keep_budget(connection, max_nbytes=request.max_nbytes, held=held)
+        except BaseException:
+            self.n_new_tokens, self.raw_nbytes, self.stored_nbytes = counted
+            raise
+        return tip
+
+    def _insert(  # noqa: PLR0917  # all of a row's parts, once
+        self,
+        connection: sa.Connection,
+        space: SpaceRow,
+        new: NewChunk,
+        new_blobs: Sequence[NewBlob],
+        parent: Link | None,
+        now: int,
+    ) -> Link:
+        """Insert one chunk, unless another process was first: then that one is used."""
+        rival = chunks.by_keys(connection, [new.key]).get(new.key)
+        if rival is not None:
+            if rival.tokens != new.ids:
+                raise _Stale
+            return Link(id=rival.id, key=rival.key)
+        raw_nbytes = sum(blob.raw_nbytes for blob in new_blobs)
+        stored_nbytes = sum(blob.stored.nbytes for blob in new_blobs)
+        chunk_id = chunks.insert(
+            connection,
+            space_id=space.id,
+            parent_id=None if parent is None else parent.id,
+            parent_key=new.parent_key,
+            key=new.key,
+            start=new.start,
+            ids=new.ids,
+            base_id=None if new.base is None else new.base.id,
+            base_n_tokens=new.base_n_tokens,
+            raw_nbytes=raw_nbytes,
+            stored_nbytes=stored_nbytes,
+            now_ms=now,
+        )
+        blobs.insert(connection, chunk_id, new_blobs)
+        if new.superseded_id is not None:
+            self._superseded.append(new.superseded_id)
+        self.n_new_tokens += new.n_new_tokens
+        self.raw_nbytes += raw_nbytes
+        self.stored_nbytes += stored_nbytes
+        return Link(id=chunk_id, key=new.key)
+
+    def _thin(
+        self, connection: sa.Connection, space: SpaceRow, former_head_id: int, head_id: int
+    ) -> None:
+        """Drop the checkpoint where this session ended before, unless it is to be kept.
+
+        A session that was written anew on another path, or cut back, has passed none.
+        """
+        former = chunks.by_id(connection, former_head_id)
+        if former is None or sessions.ends_in(connection, former_head_id):
+            return
+        ids = self._request.ids[: former.stop]
+        before = full_chunk_keys(
+            space.root, ids[: former.start], chunk_n_tokens=space.chunk_n_tokens
+        )
+        parent_key = before[-1] if before else space.root
+        if former.parent_key != parent_key or former.tokens != ids[former.start :]:
+            return
+        thin_checkpoints(
+            connection,
+            self._request.cache.layout,
+            head_id=head_id,
+            former_n_tokens=former.stop,
+            checkpoint_n_tokens=self._request.checkpoint_n_tokens,
+        )
+
+    def _fill_in(
+        self, connection: sa.Connection, write: FillIn, new_blobs: Sequence[NewBlob]
+    ) -> None:
+        """Add what an existing chunk lacks, unless another process was first."""
+        stored = [
+            (row.tensor, row.start, row.stop) for row in blobs.of_chunk(connection, write.chunk.id)
+        ]
+        lacking = lacking_parts(stored, write.parts)
+        added = [
+            blob
+            for blob in new_blobs
+            if Part(tensor=blob.tensor, start=blob.start, stop=blob.stop) in lacking
+        ]
+        blobs.insert(connection, write.chunk.id, added)
+        raw_nbytes = sum(blob.raw_nbytes for blob in added)
+        stored_nbytes = sum(blob.stored.nbytes for blob in added)
+        chunks.add_nbytes(
+            connection, write.chunk.id, raw_nbytes=raw_nbytes, stored_nbytes=stored_nbytes
+        )
+        self.raw_nbytes += raw_nbytes
+        self.stored_nbytes += stored_nbytes
+
+    def _publish(
+        self,
+        connection: sa.Connection,
+        space: SpaceRow,
+        session_id: int | None,
+        head_id: int,
+        now: int,
+    ) -> None:
+        """Make the session visible, and let go of what it replaces."""
+        request = self._request
+        if self._lease_id is not None:
+            leases.drop(connection, self._lease_id)
+            self._lease_id = None
+        if request.name is not None:
+            former_head_id = (
+                None if session_id is None else sessions.head_of(connection, session_id)
+            )
+            sessions.put(
+                connection,
+                session_id=session_id,
+                namespace=request.namespace,
+                name=request.name,
+                space_id=space.id,
+                head_id=head_id,
+                ids=request.ids,
+                slice_n_tokens=request.chunk_n_tokens,
+                metadata=request.metadata,
+                now_ms=now,
+            )
+            if former_head_id not in (None, head_id):
+                self._thin(connection, space, former_head_id, head_id)
+                eviction.release(connection, former_head_id)
+                models.delete_unused(connection)
+        for chunk_id in self._superseded:
+            if chunk_id != head_id:
+                eviction.release(connection, chunk_id)
+
+
+def _encode_blob(cache: LiveCache, key: Key, part: Part) -> NewBlob:
+    spec = cache.layout.tensors[part.tensor]
+    decoded = regions.gather(spec, cache.buffer(part.tensor), part.start, part.stop)
+    tag, stored = codec.encode(decoded, codec.Zstd())
+    return NewBlob(
+        tensor=part.tensor,
+        start=part.start,
+        stop=part.stop,
+        codec=tag,
+        raw_nbytes=decoded.nbytes,
+        checksum=blob_checksum(key, part.tensor, part.start, part.stop, decoded),
+        stored=stored,
+    )
+
+
+def _needed(batch: Sequence[_Encoded], tip: Link | None) -> list[ChunkRow | Link]:
+    """Existing chunks that the batch is going to refer to or to add to."""
+    writes = [item.write for item in batch]
+    named = [write.chunk if isinstance(write, FillIn) else write.base for write in writes]
+    return [chunk for chunk in (tip, *named) if chunk is not None]
+
+
+def _check_unchanged(connection: sa.Connection, chunk: ChunkRow | Link) -> None:
+    row = chunks.by_id(connection, chunk.id)
+    if row is None or row.key != chunk.key:
+        raise _Stale
+
+
+def _settle(encoding: Sequence[_Encoded]) -> None:
+    """Wait until no worker reads the live cache any more."""
+    for item in encoding:
+        for blob in item.blobs:
+            if not blob.cancel():
+                blob.exception()

@@ -1,0 +1,260 @@
+"""Planning a save: what is there already, what is missing, and who is going to hold it.
+
+Only reads and decides; ``kvstore.save`` acts.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from kvstore.db import blobs, chunks, sessions
+from kvstore.db.chunks import ChunkRow
+from kvstore.kinds import kind_of
+from kvstore.layout import Kind, LiveCache
+from kvstore.match import ChunkMatch, pieces
+from kvstore.prefix import Key, chunk_key, root_key
+from kvstore.ranges import Range, clip, subtract
+from kvstore.thinning import keeps_checkpoint
+from kvstore.tokens import TokenIds, common_prefix_n_tokens
+
+MIN_BORROWED_N_TOKENS = 16
+"""Fewer common tokens than this are stored again rather than borrowed from a sibling."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRequest:
+    """A checked call of ``save_session``."""
+
+    cache: LiveCache
+    ids: TokenIds
+    name: str | None
+    metadata: bytes
+    replace: bool
+    namespace: str
+    chunk_n_tokens: int
+    max_nbytes: int | None
+    checkpoint_n_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A chunk in the file that something else is going to refer to."""
+
+    id: int
+    key: Key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Positions ``[start, stop)`` of one tensor that a blob is made of."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewChunk:
+    """A chunk that is missing, and the blobs that it gets."""
+
+    key: Key
+    parent_key: Key
+    start: int
+    ids: TokenIds
+    base: ChunkRow | None
+    base_n_tokens: int
+    present_n_tokens: int
+    superseded_id: int | None
+    parts: tuple[Part, ...]
+
+    @property
+    def n_new_tokens(self) -> int:
+        """Tokens that nothing in the file had."""
+        return len(self.ids) - self.present_n_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillIn:
+    """A chunk that exists, and blobs that it still lacks."""
+
+    chunk: ChunkRow
+    parts: tuple[Part, ...]
+
+    @property
+    def key(self) -> Key:
+        """The existing chunk's key."""
+        return self.chunk.key
+
+
+Write = NewChunk | FillIn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavePlan:
+    """Everything that is to be written, in order, and the last chunk that exists already."""
+
+    tip: Link | None
+    writes: tuple[Write, ...]
+
+
+def plan_save(connection: sa.Connection, request: SaveRequest) -> SavePlan:
+    """What a save of ``request`` has to write now."""
+    return _Planner(connection, request).plan()
+
+
+class _Planner:
+    def __init__(self, connection: sa.Connection, request: SaveRequest) -> None:
+        self._connection = connection
+        self._request = request
+        self._layout = request.cache.layout
+        self._resident = [
+            clip(kind_of(spec).resident(spec, request.cache.held), 0, len(request.ids))
+            for spec in self._layout.tensors
+        ]
+
+    def plan(self) -> SavePlan:
+        request = self._request
+        size = request.chunk_n_tokens
+        slices = [
+            (start, array("Q", request.ids[start : start + size]))
+            for start in range(0, len(request.ids), size)
+        ]
+        keys = [
+            root_key(
+                request.cache.fingerprint.model,
+                chunk_n_tokens=size,
+                namespace=request.namespace,
+            )
+        ]
+        for _, ids in slices:
+            keys.append(chunk_key(keys[-1], ids))
+        existing = chunks.by_keys(self._connection, keys[1:])
+        tip: Link | None = None
+        writes: list[Write] = []
+        missing = False
+        for number, (start, ids) in enumerate(slices):
+            row = existing.get(keys[number + 1])
+            missing = missing or row is None or row.tokens != ids
+            if row is not None and not missing:
+                tip = Link(id=row.id, key=row.key)
+                writes += self._fill_ins(ChunkMatch(chunk=row, stop=row.stop))
+            else:
+                writes += self._new_chunk(keys[number + 1], keys[number], start, ids)
+        return SavePlan(tip=tip, writes=tuple(writes))
+
+    def _new_chunk(self, key: Key, parent_key: Key, start: int, ids: TokenIds) -> list[Write]:
+        """Store all of the chunk, or only what no sibling holds."""
+        base: ChunkRow | None = None
+        base_n_tokens = 0
+        for sibling in chunks.neighbours(self._connection, parent_key, ids):
+            common = common_prefix_n_tokens(sibling.tokens, ids)
+            if common > base_n_tokens:
+                base, base_n_tokens = sibling, common
+        present_n_tokens = base_n_tokens
+        superseded_id = None
+        must_borrow = base is not None and self._has_gone(base, start + base_n_tokens)
+        if base is not None and base_n_tokens == base.n_tokens and self._is_mine(base):
+            superseded_id = base.id
+            must_borrow = self._has_gone(base, base.stop, Kind.WINDOW) or keeps_checkpoint(
+                self._connection,
+                self._layout,
+                base,
+                checkpoint_n_tokens=self._request.checkpoint_n_tokens,
+            )
+            if len(ids) == self._request.chunk_n_tokens and not must_borrow:
+                # The tail is full: one blob a tensor instead of the tail's many,
+                # which nothing else needs and which go when this save is published.
+                base, base_n_tokens = None, 0
+        while base is not None and base_n_tokens <= base.base_n_tokens and base.base_id is not None:
+            base = chunks.by_id(self._connection, base.base_id)  # what we share is not base's own
+        if base is None or (base_n_tokens < MIN_BORROWED_N_TOKENS and not must_borrow):
+            base, base_n_tokens = None, 0
+        new = NewChunk(
+            key=key,
+            parent_key=parent_key,
+            start=start,
+            ids=ids,
+            base=base,
+            base_n_tokens=base_n_tokens,
+            present_n_tokens=present_n_tokens,
+            superseded_id=superseded_id,
+            parts=self._parts(start + base_n_tokens, start + len(ids)),
+        )
+        if base is None:
+            return [new]
+        return [*self._fill_ins(ChunkMatch(chunk=base, stop=start + base_n_tokens)), new]
+
+    def _has_gone(self, base: ChunkRow, stop: int, *kinds: Kind) -> bool:
+        """Whether ``base`` has, before ``stop``, what a ring or state of the cache lost since.
+
+        ``kinds`` limits the question to some kinds of tensors.
+        """
+        if self._layout.is_full:
+            return False
+        return any(
+            subtract([(row.start, min(row.stop, piece.stop))], self._resident[row.tensor])
+            for piece in pieces(self._connection, ChunkMatch(chunk=base, stop=stop))
+            for row in blobs.of_chunk(self._connection, piece.owner.id)
+            if row.start < piece.stop
+            and (not kinds or self._layout.tensors[row.tensor].kind in kinds)
+        )
+
+    def _fill_ins(self, match: ChunkMatch) -> list[Write]:
+        """What existing chunks lack of rings and checkpoints that the cache still has."""
+        if self._layout.is_full:
+            return []  # a full tensor's blobs were written with their chunk
+        found: list[Write] = []
+        for piece in pieces(self._connection, match):
+            wanted = self._parts(piece.start, piece.stop, but_full=True)
+            if not wanted:
+                continue
+            stored: dict[int, list[Range]] = {}
+            for row in blobs.of_chunk(self._connection, piece.owner.id):
+                stored.setdefault(row.tensor, []).append((row.start, row.stop))
+            lacking = tuple(
+                Part(tensor=part.tensor, start=start, stop=stop)
+                for part in wanted
+                for start, stop in subtract([(part.start, part.stop)], stored.get(part.tensor, []))
+            )
+            if lacking:
+                found.append(FillIn(chunk=piece.owner, parts=lacking))
+        return found
+
+    def _parts(self, start: int, stop: int, *, but_full: bool = False) -> tuple[Part, ...]:
+        """The blobs that the live cache can give for ``[start, stop)``."""
+        if start >= stop:
+            return ()
+        return tuple(
+            Part(tensor=tensor, start=first, stop=last)
+            for tensor, spec in enumerate(self._layout.tensors)
+            if not (but_full and spec.kind is Kind.FULL)
+            for first, last in clip(self._resident[tensor], start, stop)
+        )
+
+    def _is_mine(self, chunk: ChunkRow) -> bool:
+        """Whether nothing but the session that is being saved needs this tail."""
+        session = None
+        if self._request.name is not None:
+            session = sessions.find(
+                self._connection, namespace=self._request.namespace, name=self._request.name
+            )
+        session_id = None if session is None else session.id
+        return not chunks.is_needed(self._connection, chunk.id, but_session_id=session_id)
+
+
+def lacking_parts(
+    stored: Sequence[tuple[int, int, int]], parts: Sequence[Part]
+) -> tuple[Part, ...]:
+    """The parts that do not overlap any stored ``(tensor, start, stop)``."""
+    return tuple(
+        part
+        for part in parts
+        if not any(
+            tensor == part.tensor and start < part.stop and part.start < stop
+            for tensor, start, stop in stored
+        )
+    )

@@ -1,0 +1,494 @@
+"""The store: one SQLite file that several processes share."""
+
+from __future__ import annotations
+
+import os
+import threading
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from kvstore import load as loading
+from kvstore import prune as pruning
+from kvstore import save as saving
+from kvstore import verify as verifying
+from kvstore.clock import now_ms
+from kvstore.db import chunks, eviction, models, sessions
+from kvstore.db import engine as db
+from kvstore.db.schema import Database, open_database
+from kvstore.db.sessions import SessionInfo
+from kvstore.db.stats import StoreStats, read_stats
+from kvstore.db.vendor import vendor_errors
+from kvstore.errors import (
+    CacheMismatchError,
+    CapacityError,
+    ClosedStoreError,
+    ForkedStoreError,
+    InputError,
+    ReadOnlyStoreError,
+    SessionNotFoundError,
+    TaintedCacheError,
+)
+from kvstore.layout import Fingerprint, LiveCache
+from kvstore.load import LoadResult
+from kvstore.manifest import pack_metadata
+from kvstore.prefix import DEFAULT_CHUNK_N_TOKENS, KEY_NBYTES
+from kvstore.prune import PruneResult
+from kvstore.quantity import parse_nbytes
+from kvstore.save import SaveResult
+from kvstore.save_plan import SaveRequest
+from kvstore.tokens import TokenIds, common_prefix_n_tokens, token_ids
+from kvstore.verify import VerifyReport
+
+DEFAULT_CHECKPOINT_N_TOKENS = 2048
+_MAX_NAME_N_CHARACTERS = 1024
+_MAX_CHUNK_N_TOKENS = 65536
+_MAX_BUSY_TIMEOUT_SECONDS = 86_400
+_N_WORKERS = max(2, min(8, os.cpu_count() or 2))
+
+_T = TypeVar("_T")
+
+
+class Store:
+    """An open store; make one with ``kvstore.open``.
+
+    Safe to share between threads: each call takes its own connection, writes
+    take turns. A *cache* is not: while a call works on it, nothing else may run
+    the model or use that cache. A store cannot be used after ``fork()``; open
+    one in the child. As a context manager it closes itself.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        max_nbytes: int | None,
+        chunk_n_tokens: int,
+        checkpoint_n_tokens: int,
+        namespace: str,
+    ) -> None:
+        self._database = database
+        self._max_nbytes = max_nbytes
+        self._chunk_n_tokens = chunk_n_tokens
+        self._checkpoint_n_tokens = checkpoint_n_tokens
+        self._namespace = namespace
+        self._pid = os.getpid()
+        self._closed = False
+        self._workers = ThreadPoolExecutor(_N_WORKERS, thread_name_prefix="kvstore")
+        self._used_chunk_ids: set[int] = set()
+        self._n_calls = 0
+        self._lock = threading.Lock()  # guards _used_chunk_ids, _closed and _n_calls
+        self._idle = threading.Condition(self._lock)  # notified when a call ends
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._database.path
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the store was opened, or could only be opened, for reading."""
+        return self._database.read_only
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of names and keys that this store works in."""
+        return self._namespace
+
+    def save_session(
+        self,
+        cache: LiveCache,
+        tokens: Iterable[int],
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> SaveResult:
+        """Store the cache's content for ``tokens``; returns what was new and what was there.
+
+        ``tokens`` must be what the cache holds, or the start of it. With a
+        ``name``, the session with its ``metadata`` is published in the last
+        transaction: another process sees all of it or none. Without a name the
+        tokens are cache that a prune may take.
+
+        Raises:
+            TokensError: ``tokens`` is empty or not integer ids.
+            MetadataError: ``metadata`` cannot be stored.
+            CapacityError: more tokens than the cache has room for.
+            CacheMismatchError: the cache holds fewer tokens, or other ones.
+            TaintedCacheError: the cache was changed by hand.
+            SessionConflictError: ``name`` belongs to another model's session,
+                and ``replace`` is False.
+            BudgetError: ``max_bytes`` cannot hold it.
+            StoreError: the file cannot be written (full disk, read-only, busy).
+        """
+        self._check_writable()
+        ids = token_ids(tokens)
+        _check_cache(cache)
+        if cache.taint is not None:
+            raise TaintedCacheError(
+                f"expected a cache as the model computed it, but it was changed: {cache.taint}; "
+                "truncate(0) it and compute it again"
+            )
+        _check_held(cache, ids)
+        request = SaveRequest(
+            cache=cache,
+            ids=ids,
+            name=None if name is None else _check_name(name),
+            metadata=pack_metadata(metadata),
+            replace=replace,
+            namespace=self._namespace,
+            chunk_n_tokens=self._chunk_n_tokens,
+            max_nbytes=self._max_nbytes,
+            checkpoint_n_tokens=self._checkpoint_n_tokens,
+        )
+        with self._call():
+            result = saving.save(self._database, request, self._workers)
+            self._flush_used()
+        return result
+
+    def load_session(
+        self,
+        cache: LiveCache,
+        tokens: Iterable[int] | None = None,
+        *,
+        name: str | None = None,
+    ) -> LoadResult:
+        """Put the longest stored prefix into the live cache; returns how far it got and why.
+
+        Either ``tokens`` (the longest prefix over all sessions of this model) or
+        ``name`` (that session's own tokens). At most all but the last token are
+        restored, so that ``forward`` on the rest gives the next logits. What the
+        cache holds already and ``tokens`` share is kept. Afterwards the cache
+        holds exactly ``result.tokens[:result.n_tokens]``, also after a failure.
+
+        Raises:
+            TokensError: ``tokens`` is empty or not integer ids.
+            InputError: both or neither of ``tokens`` and ``name``.
+            SessionNotFoundError: no session has that name.
+            StoreError: the file cannot be read at all.
+        """
+        self._check_usable()
+        if (tokens is None) == (name is None):
+            found = "neither" if tokens is None else "both"
+            raise InputError(f"load_session: expected either tokens or name=, found {found}")
+        _check_cache(cache)
+        request = loading.LoadRequest(
+            cache=cache,
+            ids=None if tokens is None else token_ids(tokens),
+            name=None if name is None else _check_name(name),
+            namespace=self._namespace,
+            chunk_n_tokens=self._chunk_n_tokens,
+        )
+        with self._call():
+            loaded = loading.load(self._database, request, self._workers)
+        if loaded.used_chunk_id is not None:
+            with self._lock:
+                self._used_chunk_ids.add(loaded.used_chunk_id)
+        return loaded.result
+
+    def sessions(self, *, all_namespaces: bool = False) -> list[SessionInfo]:
+        """The named sessions of this namespace (or of all), the last saved first."""
+        namespace = None if all_namespaces else self._namespace
+        return self._read(lambda connection: sessions.all_in(connection, namespace=namespace))
+
+    def models(self) -> list[Fingerprint]:
+        """The models that anything is stored for, oldest first."""
+        return self._read(models.fingerprints)
+
+    def stats(self) -> StoreStats:
+        """Sizes and counts; touches no payload."""
+        return self._read(read_stats)
+
+    def delete_session(self, name: str) -> None:
+        """Delete a session, and in the same transaction what only it needed.
+
+        Raises:
+            SessionNotFoundError: no session has that name.
+        """
+        self._check_writable()
+        with self._call():
+            with db.write_transaction(self._database.engine) as connection:
+                saving.check_writable_version(connection)
+                session = sessions.find(
+                    connection, namespace=self._namespace, name=_check_name(name)
+                )
+                if session is None:
+                    raise SessionNotFoundError(
+                        f"{self.path}: no session is named {name!r}; `kvstore ls` lists them"
+                    )
+                head_id = sessions.head_of(connection, session.id)
+                sessions.delete(connection, session.id)
+                eviction.release(connection, head_id)
+                models.delete_unused(connection)
+                db.shrink(connection)
+            db.checkpoint(self._database.engine)
+
+    def prune(
+        self,
+        *,
+        max_bytes: int | str | None = None,
+        unused_for_seconds: float | None = None,
+        model: bytes | None = None,
+        dry_run: bool = False,
+    ) -> PruneResult:
+        """Delete chunks, the least recently used first, and give the space back.
+
+        Chunks not used for ``unused_for_seconds`` go, then as many as it takes
+        to bring the file under ``max_bytes``; ``model`` (a fingerprint, 32
+        bytes) limits both to one model, and alone lets all of its chunks go.
+        Sessions keep their tokens and metadata. With ``dry_run`` nothing is
+        written.
+
+        Raises:
+            InputError: none of the three was given, or one is not possible.
+        """
+        if max_bytes is None and unused_for_seconds is None and model is None:
+            raise InputError("prune: expected max_bytes, unused_for_seconds or model, found none")
+        if unused_for_seconds is not None:
+            _check_age(unused_for_seconds)
+        if model is not None and (type(model) is not bytes or len(model) != KEY_NBYTES):
+            raise InputError(
+                f"model: expected a fingerprint's {KEY_NBYTES} bytes (Fingerprint.model), "
+                f"found {model!r:.80}"
+            )
+        limits = {
+            "max_nbytes": None if max_bytes is None else parse_nbytes(max_bytes),
+            "unused_since_ms": (
+                None if unused_for_seconds is None else now_ms() - int(unused_for_seconds * 1000)
+            ),
+        }
+        if dry_run:
+            return self._read(lambda connection: pruning.preview(connection, model=model, **limits))
+        self._check_writable()
+        with self._call():
+            self._flush_used()
+            with db.write_transaction(self._database.engine) as connection:
+                saving.check_writable_version(connection)
+                result = pruning.prune(connection, model=model, now_ms=now_ms(), **limits)
+            db.checkpoint(self._database.engine)
+        return result
+
+    def verify(self) -> VerifyReport:
+        """Check everything that the file says of itself, each blob's checksum included."""
+        self._check_usable()
+        with self._call():
+            return verifying.verify(self._database)
+
+    def close(self) -> None:
+        """Wait for calls in progress, write the last-used marks, and let go of the file.
+
+        Closing twice is fine.
+        """
+        if os.getpid() != self._pid:
+            self._closed = True
+            return  # the parent's connections, and its locks, are not ours to close
+        with self._idle:
+            if self._closed:
+                return
+            self._closed = True
+            self._idle.wait_for(lambda: self._n_calls == 0)
+        self._workers.shutdown(wait=True)
+        self._flush_used()
+        self._database.engine.dispose()
+
+    def __enter__(self) -> Self:
+        self._check_usable()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<kvstore.Store {str(self.path)!r}{' read-only' if self.read_only else ''}>"
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """What every call on the file runs in: ``close`` waits for it, errors are ours."""
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            self._n_calls += 1
+        try:
+            with vendor_errors(self.path):
+                yield
+        finally:
+            with self._idle:
+                self._n_calls -= 1
+                self._idle.notify_all()
+
+    def _closed_error(self) -> ClosedStoreError:
+        return ClosedStoreError(f"{self.path}: this store is closed; open it again")
+
+    def _read(self, query: Callable[[Any], _T]) -> _T:
+        self._check_usable()
+        with self._call(), db.read_transaction(self._database.engine) as connection:
+            return query(connection)
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedStoreError(
+                f"{self.path}: this store was opened in another process (before fork()); "
+                "open it again in this one"
+            )
+        if self._closed:
+            raise self._closed_error()
+
+    def _check_writable(self) -> None:
+        self._check_usable()
+        if self.read_only:
+            raise ReadOnlyStoreError(
+                f"{self.path}: the store is open read-only; open it where it may be written"
+            )
+
+    def _flush_used(self) -> None:
+        """Write the last-used marks; best effort, nobody waits or fails for them."""
+        with self._lock:
+            used, self._used_chunk_ids = self._used_chunk_ids, set()
+        if not used or self.read_only:
+            return
+        try:
+            with db.write_transaction(self._database.engine) as connection:
+                saving.check_writable_version(connection)
+                chunks.touch(connection, used, now_ms=now_ms())
+        except Exception:  # noqa: BLE001  # losing a mark costs a worse eviction, no more
+            return
+
+
+def open_store(
+    path: str | os.PathLike[str],
+    *,
+    max_bytes: int | str | None = None,
+    read_only: bool = False,
+    chunk_n_tokens: int = DEFAULT_CHUNK_N_TOKENS,
+    checkpoint_n_tokens: int = DEFAULT_CHECKPOINT_N_TOKENS,
+    namespace: str = "",
+    busy_timeout_seconds: float = db.BUSY_TIMEOUT_SECONDS,
+) -> Store:
+    """An open store at ``path``; a new file is made, an older one upgraded.
+
+    Args:
+        path: The SQLite file. Its folder must exist.
+        max_bytes: Bound of the file's size at every commit, as a number of
+            bytes or text like ``"2 GiB"``. Opening prunes down to it.
+        read_only: Never write. A file or folder that may not be written is
+            opened so by itself.
+        chunk_n_tokens: Tokens in a chunk; sessions are only found by stores
+            with the same number.
+        checkpoint_n_tokens: How often a session keeps a checkpoint of recurrent
+            state: one in that many tokens, and always the newest.
+        namespace: Separates names and keys of several applications in one file.
+        busy_timeout_seconds: How long a write waits for another process.
+
+    Raises:
+        InputError: an argument is out of range.
+        StoreError: see ``kvstore.errors``: a path that is no usable file, a file
+            that is not ours, tampered with, or newer than this version.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"expected a path as text or os.PathLike, found {path!r:.80}")
+    if isinstance(chunk_n_tokens, bool) or not isinstance(chunk_n_tokens, int):
+        raise InputError(f"chunk_n_tokens: expected an integer, found {chunk_n_tokens!r}")
+    if not 1 <= chunk_n_tokens <= _MAX_CHUNK_N_TOKENS:
+        raise InputError(
+            f"chunk_n_tokens: expected 1 to {_MAX_CHUNK_N_TOKENS}, found {chunk_n_tokens}"
+        )
+    if isinstance(checkpoint_n_tokens, bool) or not isinstance(checkpoint_n_tokens, int):
+        raise InputError(f"checkpoint_n_tokens: expected an integer, found {checkpoint_n_tokens!r}")
+    if checkpoint_n_tokens < 1:
+        raise InputError(f"checkpoint_n_tokens: expected 1 or more, found {checkpoint_n_tokens}")
+    _check_text(namespace, what="namespace")
+    _check_timeout(busy_timeout_seconds)
+    max_nbytes = None if max_bytes is None else parse_nbytes(max_bytes)
+    database = open_database(
+        Path(path), read_only=read_only, busy_timeout_seconds=busy_timeout_seconds
+    )
+    store = Store(
+        database,
+        max_nbytes=max_nbytes,
+        chunk_n_tokens=chunk_n_tokens,
+        checkpoint_n_tokens=checkpoint_n_tokens,
+        namespace=namespace,
+    )
+    if max_nbytes is not None and not store.read_only:
+        try:
+            store.prune(max_bytes=max_nbytes)
+        except BaseException:
+            store.close()
+            raise
+    return store
+
+
+def _check_timeout(seconds: Any) -> None:
+    if not isinstance(seconds, int | float) or not 0 <= seconds <= _MAX_BUSY_TIMEOUT_SECONDS:
+        raise InputError(
+            f"busy_timeout_seconds: expected 0 to {_MAX_BUSY_TIMEOUT_SECONDS} seconds, "
+            f"found {seconds!r:.80}"
+        )
+
+
+def _check_age(seconds: Any) -> None:
+    if not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
+        raise InputError(f"unused_for_seconds: expected 0 seconds or more, found {seconds!r:.80}")
+
+
+def _check_name(name: Any) -> str:
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME_N_CHARACTERS:
+        raise InputError(
+            f"expected a session name of 1 to {_MAX_NAME_N_CHARACTERS} characters, "
+            f"found {name!r:.80}"
+        )
+    return _check_text(name, what="session name")
+
+
+def _check_text(text: Any, *, what: str) -> str:
+    """Refuse what has no UTF-8 form, and NUL, where SQLite's own functions end a text."""
+    if not isinstance(text, str):
+        raise InputError(f"{what}: expected text, found {type(text).__name__}")
+    try:
+        encoded = text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{what}: expected text that UTF-8 can write, found {text!r:.80}"
+        ) from None
+    if b"\0" in encoded:
+        raise InputError(f"{what}: expected text without NUL characters, found {text!r:.80}")
+    return text
+
+
+def _check_cache(cache: LiveCache) -> None:
+    if cache.fingerprint.layout != cache.layout.digest:
+        raise CacheMismatchError(
+            "the cache's layout is not the one in its fingerprint; make the fingerprint from it"
+        )
+
+
+def _check_held(cache: LiveCache, ids: TokenIds) -> None:
+    """Refuse ids that the cache does not hold from position 0 on."""
+    capacity = cache.layout.capacity_n_tokens
+    if len(ids) > capacity:
+        raise CapacityError(
+            f"expected at most {capacity} tokens (the cache's capacity), found {len(ids)}"
+        )
+    held = array("Q", cache.tokens)
+    common = common_prefix_n_tokens(held, ids)
+    if common == len(ids):
+        return
+    if common == len(held):
+        raise CacheMismatchError(
+            f"expected a cache that holds the {len(ids)} tokens given, but it holds {common}; "
+            "run forward on the rest first, or save only those"
+        )
+    raise CacheMismatchError(
+        f"the cache holds token {held[common]} at position {common}, the tokens given say "
+        f"{ids[common]}; save what the cache holds (cache.tokens)"
+    )
