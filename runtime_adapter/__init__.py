@@ -1,0 +1,20 @@
+"""ExecuTorch programs with a live, named, storable KV cache.
+
+``Model.open`` opens a ``.pte`` and gives its planned cache to a ``kvstore``. ``TensorCache`` does
+the same for tensors that the caller holds (``runtime_adapter.huggingface`` for those of
+transformers). torch and executorch are imported when they are needed, not before.
+"""
+
+from runtime_adapter.cache import PlannedCache
+from runtime_adapter.identity import ModelFingerprint, fingerprint_of
+from runtime_adapter.model import Model
+from runtime_adapter.tensors import TensorCache, tensor_spec
+
+__all__ = [
+    "Model",
+    "ModelFingerprint",
+    "PlannedCache",
+    "TensorCache",
+    "fingerprint_of",
+    "tensor_spec",
+]

@@ -1,0 +1,1 @@
+"""Commands of ``kvstore`` that need a model; registered in the group ``kvstore.commands``."""

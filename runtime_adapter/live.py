@@ -1,0 +1,283 @@
+"""Live tensors as one cache: bytes for the store, tensors for people.
+
+What ``PlannedCache`` (an ExecuTorch program's memory) and ``TensorCache`` (the caller's) have in
+common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kvstore import TokenLog
+from kvstore.errors import CapacityError, InputError
+from kvstore.layout import LOGITS_ROLE, Fingerprint, Held, Kind, Layout
+
+if TYPE_CHECKING:
+    import torch
+
+_RESET_KINDS = frozenset({Kind.POSITIONS, Kind.CHECKPOINT})
+"""What a model reads at its first step; slots of other kinds are masked until written."""
+
+
+class LiveTensors(Mapping[str, "torch.Tensor"]):
+    """A ``LiveCache`` over one torch tensor for each of a layout's tensors.
+
+    Invariants: ``len(tokens) <= capacity_n_tokens``; the tensors hold what the next step reads
+    after ``tokens``, each in the way of its kind: slot ``i`` of a full one holds token
+    ``i``, a ring its window, recurrent state all of them at once. While ``taint`` is
+    None, the content is exactly what the model computed or a store restored.
+
+    As a mapping it goes from tensor name to live tensor: ``cache[name]`` is zero-copy. Writing
+    into it changes the next step, unseen by the cache: use ``set``, or call ``mark_tainted``
+    yourself. Not thread-safe.
+    """
+
+    __slots__ = (
+        "_capacity_n_tokens",
+        "_fingerprint",
+        "_initial",
+        "_layout",
+        "_log",
+        "_snapshot",
+        "_taint",
+        "_views",
+    )
+
+    def __init__(
+        self,
+        *,
+        layout: Layout,
+        fingerprint: Fingerprint,
+        views: Sequence[torch.Tensor],
+        capacity_n_tokens: int | None = None,
+    ) -> None:
+        """Wrap ``views``, one live tensor for each of ``layout.tensors``, in that order.
+
+        They must be as at the start of a conversation: what they hold now is what
+        ``truncate(0)`` goes back to. ``capacity_n_tokens`` is the model's own limit,
+        if there is one below the layout's (a ring has none by itself).
+
+        Raises:
+            InputError: a view has not the shape or dtype that the layout says.
+        """
+        if len(views) != len(layout.tensors):
+            raise InputError(
+                f"expected {len(layout.tensors)} live tensors for the layout, found {len(views)}"
+            )
+        for spec, view in zip(layout.tensors, views, strict=True):
+            if (tuple(view.shape), _dtype_name(view)) != (spec.shape, spec.dtype):
+                raise InputError(
+                    f"tensor {spec.name!r}: expected {spec.dtype} {list(spec.shape)} as the "
+                    f"layout says, found {_dtype_name(view)} {list(view.shape)}"
+                )
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._views = {spec.name: view for spec, view in zip(layout.tensors, views, strict=True)}
+        self._capacity_n_tokens = min(
+            layout.capacity_n_tokens,
+            layout.capacity_n_tokens if capacity_n_tokens is None else capacity_n_tokens,
+        )
+        # None stands for zeros: most states start with them, and some are large.
+        self._initial = {
+            spec.name: view.clone() if bool(view.any()) else None
+            for spec, view in zip(layout.tensors, views, strict=True)
+            if spec.kind in _RESET_KINDS
+        }
+        self._log = TokenLog(layout)
+        self._snapshot: tuple[int, ...] | None = ()
+        self._taint: str | None = None
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Which model this cache belongs to."""
+        return self._fingerprint
+
+    @property
+    def layout(self) -> Layout:
+        """The tensors, in the order of ``buffer``'s index."""
+        return self._layout
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The token ids that the cache holds now, position 0 first."""
+        if self._snapshot is None:  # made when asked for, so that a decode step stays O(1)
+            self._snapshot = tuple(self._log.tokens)
+        return self._snapshot
+
+    @property
+    def held(self) -> Held:
+        """How the cache came to hold them; decides what its rings still have."""
+        return self._log.held
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens that the cache holds now."""
+        return len(self._log.tokens)
+
+    @property
+    def capacity_n_tokens(self) -> int:
+        """Number of tokens that the cache has room for."""
+        return self._capacity_n_tokens
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """A copy of the last token's logits, float32 ``[vocab]``, or None if they are not held.
+
+        A layout with recurrent state keeps them, because such a state cannot go back
+        one token to compute them again. There they are held whenever the cache is not empty,
+        also after a load. Other layouts never keep them.
+        """
+        self.check_open()
+        view = self._logits_view()
+        return None if view is None or not self.n_tokens else view.clone()
+
+    @property
+    def taint(self) -> str | None:
+        """Why the content is no longer exact, or None while it is."""
+        return self._taint
+
+    def buffer(self, index: int) -> memoryview:
+        """Writable bytes of tensor ``index``: C-contiguous, ``nbytes`` long, format ``B``.
+
+        Zero-copy over the live tensor; it keeps the memory alive.
+
+        Raises:
+            ClosedModelError: the model was closed.
+        """
+        import torch
+
+        view = self[self._layout.tensors[index].name]
+        # As uint8, because numpy has no bfloat16. The array holds on to the view's storage.
+        return view.reshape(-1).view(torch.uint8).numpy().data
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forget every token from position ``n_tokens`` on; 0 gives a clean, empty cache.
+
+        Clean is what the tensors held at first: some programs never reset recurrent
+        state or slot positions by themselves.
+
+        Raises:
+            CapacityError: the cache holds fewer tokens than that.
+            ClosedModelError: the model was closed.
+            InputError: ``n_tokens`` is not a whole number of at least 0.
+            RewindError: a ring no longer has the window that this length needs, or a
+                recurrent state would have to be undone. Nothing was changed.
+        """
+        self.check_open()
+        if type(n_tokens) is not int or n_tokens < 0:
+            raise InputError(f"truncate: expected a length of at least 0, found {n_tokens!r}")
+        self._log.truncate(n_tokens)
+        self._snapshot = None
+        if n_tokens == 0:
+            for name, initial in self._initial.items():
+                if initial is None:
+                    self._views[name].zero_()
+                else:
+                    self._views[name].copy_(initial)
+            self._taint = None
+
+    def extend(self, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
+        """Record that the model computed ``tokens`` behind the last one.
+
+        ``logits`` ``[vocab]`` are those after the last of them; a layout that keeps
+        them needs them, every other ignores them.
+
+        Raises:
+            CapacityError: there is no room for that many.
+            ClosedModelError: the model was closed.
+            InputError: the layout keeps logits, and these are not of its shape.
+        """
+        self.check_open()
+        if self.n_tokens + len(tokens) > self._capacity_n_tokens:
+            raise CapacityError(
+                f"the cache has room for {self._capacity_n_tokens} tokens: it holds "
+                f"{self.n_tokens}, and {len(tokens)} more do not fit"
+            )
+        view = self._logits_view()
+        if view is not None:
+            if logits is None or logits.shape != view.shape:
+                raise InputError(
+                    f"extend: expected the last token's logits {list(view.shape)}, found "
+                    f"{None if logits is None else list(logits.shape)}"
+                )
+            view.copy_(logits)
+        self._log.extend(tokens)
+        self._snapshot = None
+
+    def adopt(self, tokens: Sequence[int]) -> None:
+        """Record that the buffers now hold what ``tokens`` require, put there by a load.
+
+        Raises:
+            ClosedModelError: the model was closed.
+        """
+        self.check_open()
+        self._log.adopt(tokens)
+        self._snapshot = None
+
+    def set(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy ``tensor`` over the live tensor ``name`` and mark the cache as tainted.
+
+        A tainted cache is not what the model computed, so it is never stored as exact.
+        ``truncate(0)`` makes it clean again.
+
+        Raises:
+            ClosedModelError: the model was closed.
+            InputError: there is no such tensor, or shape or dtype differ.
+        """
+        import torch
+
+        self.check_open()
+        live = self._views.get(name)
+        if live is None:
+            raise InputError(f"the cache has no tensor {name!r}; it has: {', '.join(self._views)}")
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(
+                f"tensor {name!r}: expected a torch.Tensor, found {type(tensor).__name__}"
+            )
+        if tensor.shape != live.shape or tensor.dtype != live.dtype:
+            raise InputError(
+                f"tensor {name!r}: expected {_dtype_name(live)} {list(live.shape)}, "
+                f"found {_dtype_name(tensor)} {list(tensor.shape)}"
+            )
+        self.mark_tainted(f"tensor {name!r} was set by hand")
+        live.copy_(tensor.detach())
+
+    def mark_tainted(self, reason: str) -> None:
+        """Say that the content is no longer what the model computed, and why."""
+        self.check_open()
+        if self._taint is None:
+            self._taint = reason
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.check_open()
+        # An alias: what the caller does to the tensor object (resize_, set_) stays with the caller.
+        return self._views[name].detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([spec.name for spec in self._layout.tensors])
+
+    def __len__(self) -> int:
+        return len(self._layout.tensors)
+
+    # Two caches are the same one or they are not; comparing tensors by == has no one answer.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} of {len(self)} tensors, holding {self.n_tokens} "
+            f"of {self._capacity_n_tokens} tokens>"
+        )
+
+    def check_open(self) -> None:
+        """Raise ClosedModelError if the tensors may not be used any more."""
+
+    def _logits_view(self) -> torch.Tensor | None:
+        """The live tensor of role ``logits``; a layout has it last, or not at all."""
+        last = self._layout.tensors[-1]
+        return self._views[last.name] if last.role == LOGITS_ROLE else None
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,170 @@
+"""What happens to a program before it is loaded: analysed, its buffers named, operators loaded.
+
+The analysis is remembered and the named copy kept, so that all of this takes
+milliseconds for a program that was opened before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstore.errors import InputError, MissingOperatorError, ProgramError
+from runtime_adapter import method as runtime
+from runtime_adapter.analysis import ProgramAnalysis, analyze
+from runtime_adapter.copies import named_copy as cached_copy
+from runtime_adapter.filecache import FileCache, ProgramIdentity
+from runtime_adapter.naming import write_named_copy
+from runtime_adapter.operators import ensure_operators
+
+log = logging.getLogger("runtime_adapter")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedProgram:
+    """A program that can be loaded now. ``named_copy`` is None if the program has names itself."""
+
+    path: Path
+    data_path: Path | None
+    analysis: ProgramAnalysis
+    named_copy: Path | None
+    identity: ProgramIdentity | None
+
+    @property
+    def load_path(self) -> Path:
+        """The file to load: the copy if there is one."""
+        return self.named_copy or self.path
+
+    def check_unchanged(self) -> None:
+        """Make sure that what was loaded is what was analysed.
+
+        Raises:
+            ProgramError: the program's files changed meanwhile.
+        """
+        if self.identity != _identity(self.path, data_path=self.data_path):
+            raise ProgramError(
+                f"{self.path}: the file changed while it was opened; open it again when "
+                "whatever writes it has finished"
+            )
+
+
+@contextlib.contextmanager
+def prepared(
+    path: str | os.PathLike[str],
+    *,
+    data_path: str | os.PathLike[str] | None,
+    named_copy: str | os.PathLike[str] | None,
+    method: str,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Iterator[PreparedProgram]:
+    """Make ``path`` ready to load inside the block; arguments and errors as ``Model.open``."""
+    program = _path("path", path)
+    data = None if data_path is None else _path("data_path", data_path)
+    files = FileCache(None if cache_dir is None else _path("cache_dir", cache_dir))
+    analysis, identity = _analysis_of(program, data_path=data, method=method, files=files)
+    _check_backends(analysis, path=program)
+    ensure_operators(analysis.operators)
+    with contextlib.ExitStack() as stack:
+        copy: Path | None = None
+        if not analysis.is_named:
+            if named_copy is None:
+                copy = stack.enter_context(_cached_copy(program, analysis, files=files))
+            else:
+                copy = _path("named_copy", named_copy)
+                _ensure_copy(program, copy, analysis, method=method, data=data, files=files)
+            log.info("%s names no buffers; loading its named copy %s", program, copy)
+        yield PreparedProgram(
+            path=program, data_path=data, analysis=analysis, named_copy=copy, identity=identity
+        )
+
+
+def _path(what: str, value: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(value)
+    except TypeError as error:
+        raise InputError(f"{what}: expected a path, found {type(value).__name__}") from error
+
+
+def _identity(path: Path, *, data_path: Path | None) -> ProgramIdentity | None:
+    """The files as they are now; None if they cannot be looked at (``analyze`` says why)."""
+    try:
+        return ProgramIdentity.of(path, data_path=data_path)
+    except (OSError, ValueError, ProgramError):
+        return None
+
+
+def _analysis_of(
+    path: Path, *, data_path: Path | None, method: str, files: FileCache
+) -> tuple[ProgramAnalysis, ProgramIdentity | None]:
+    """The remembered analysis of the file, or a new one, remembered from now on."""
+    identity = _identity(path, data_path=data_path)
+    if identity is not None:
+        remembered = files.recall(identity, method=method)
+        if remembered is not None:
+            with contextlib.suppress(InputError):  # written by another version
+                return ProgramAnalysis.from_json(remembered), identity
+    analysis = analyze(path, data_path=data_path, method=method)
+    if identity is not None and identity == _identity(path, data_path=data_path):
+        files.remember(identity, method=method, analysis=analysis.to_json())
+    return analysis, identity
+
+
+@contextlib.contextmanager
+def _cached_copy(path: Path, analysis: ProgramAnalysis, *, files: FileCache) -> Iterator[Path]:
+    def write(copy: Path) -> None:
+        write_named_copy(path, copy)
+
+    key = str(analysis.fingerprint)
+    with cached_copy(files.directory, key, write=write) as copy:
+        yield copy
+
+
+def _ensure_copy(
+    path: Path,
+    copy: Path,
+    analysis: ProgramAnalysis,
+    *,
+    method: str,
+    data: Path | None,
+    files: FileCache,
+) -> None:
+    """Make the named copy at the place that the caller chose, or use what is there already.
+
+    Raises:
+        InputError: it cannot be written there.
+        ProgramError: something else is there.
+    """
+    if not copy.exists():
+        try:
+            write_named_copy(path, copy)
+        except InputError:
+            if not copy.exists():  # else another process made it meanwhile: look at that
+                raise
+        else:
+            return
+    there, _ = _analysis_of(copy, data_path=data, method=method, files=files)
+    # The layouts are compared too, because a fingerprint says nothing about names.
+    if not there.is_named or (there.fingerprint, there.layout) != (
+        analysis.fingerprint,
+        analysis.layout,
+    ):
+        raise ProgramError(
+            f"{copy}: expected nothing there, or the named copy of {path}; found another "
+            "program. Remove it, or choose another path for named_copy="
+        )
+
+
+def _check_backends(analysis: ProgramAnalysis, *, path: Path) -> None:
+    """Name the delegates' backends that are missing, before the runtime fails with a number."""
+    missing = sorted(frozenset(analysis.delegates) - runtime.registered_backends())
+    if missing:
+        raise MissingOperatorError(
+            f"{path}: the program runs parts on {', '.join(missing)}, which this runtime "
+            f"({runtime.runtime_version()}) does not have: it has "
+            f"{', '.join(sorted(runtime.registered_backends())) or 'none'}. Export it for one of "
+            "these, for example with backend.xnnpack.enabled=True"
+        )
