@@ -1,0 +1,57 @@
+"""``kvstore annotate``: writes the named copy and says what it named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kvstore.errors import InputError
+from runtime_adapter.analysis import analyze
+from runtime_adapter.commands.annotate import annotate
+from tests import programs
+
+pytestmark = pytest.mark.adapter
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(annotate, [str(argument) for argument in arguments])
+
+
+def test_it_writes_the_copy_and_prints_the_names(tmp_path: Path) -> None:
+    target = tmp_path / "out.pte"
+    result = run(programs.path("stock_fp32"), target)
+    assert result.exit_code == 0
+    after = analyze(target)
+    assert after.is_named
+    assert after.fingerprint == analyze(programs.path("stock_fp32")).fingerprint
+    assert result.stdout.splitlines() == [
+        "forward: 4 tensors",
+        *(f"  {tensor.name}" for tensor in after.layout.tensors),
+    ]
+    assert str(target) in result.stderr
+
+
+def test_it_keeps_an_existing_file_unless_forced(tmp_path: Path) -> None:
+    target = tmp_path / "out.pte"
+    target.write_bytes(b"mine")
+    assert isinstance(run(programs.path("stock_fp32"), target).exception, InputError)
+    assert target.read_bytes() == b"mine"
+    assert run(programs.path("stock_fp32"), target, "--force").exit_code == 0
+    assert analyze(target).is_named
+
+
+def test_in_and_out_may_not_be_the_same(tmp_path: Path) -> None:
+    source = tmp_path / "model.pte"
+    source.write_bytes(programs.path("stock_fp32").read_bytes())
+    result = run(source, tmp_path / "." / "model.pte", "--force")
+    assert isinstance(result.exception, InputError)
+    assert source.read_bytes() == programs.path("stock_fp32").read_bytes()
+
+
+@pytest.mark.slow
+def test_every_method_is_named(tmp_path: Path) -> None:
+    result = run(programs.path("two_methods"), tmp_path / "out.pte")
+    assert "forward: 4 tensors" in result.stdout
+    assert "decode: 4 tensors" in result.stdout
