@@ -26,13 +26,19 @@ setup-dev: setup
 demo: setup  ## the main job: save a session in one process, resume it in another
 	@$(BIN)/kvstore demo
 
+# The tests export what they need by themselves; beforehand it goes on all cores at once.
+PROGRAMS = $(if $(PYTEST_ARGS),,$(BIN)/python -m tests.programs)
+
 test: setup  ## the fast tests
+	@$(if $(PROGRAMS),$(PROGRAMS) --fast)
 	@$(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
 
 test-slow: setup  ## the tests that `make test` leaves out
+	@$(PROGRAMS)
 	@$(BIN)/python -m pytest -n auto -m slow $(PYTEST_ARGS)
 
 test-all: setup  ## all tests
+	@$(PROGRAMS)
 	@$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
 lint: setup-dev  ## ruff: rules and formatting

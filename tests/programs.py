@@ -2,11 +2,12 @@
 
     path = programs.path("stock_fp32")            # a .pte, exported now if it is new
     python -m tests.programs stock_fp32 plain     # make them beforehand; no names: all
+    python -m tests.programs --fast               # those of the fast tests
 
 They lie in ``.cache/programs`` (or ``KVSTORE_TEST_PROGRAMS``). Models are small and
 seeded: 2 layers, dim 64, 4 heads over 2 KV heads of 16, 96 token ids, 512 positions.
-``SPECS`` lists them. An export runs in a child process, several in one if they are
-asked for together, because importing the exporter takes some ten seconds.
+``SPECS`` lists them. Exports run in child processes, one a core, each with many of those
+that were asked for together, because importing the exporter takes some ten seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,9 @@ SPECS: dict[str, Spec] = {
     "no_cache": Spec(maker="no_cache"),
 }
 
+FAST = ("stock_fp32", "quantized_ring", "plain", "lfm2", "named", "one_token", "external_weights")
+"""What the fast tests use: ``make test`` makes these first, all at once."""
+
 
 def version() -> tuple[int, ...]:
     """The installed ExecuTorch's version, without importing it."""
@@ -201,17 +206,16 @@ def data_path(name: str) -> Path | None:
     return path(name).with_suffix(".ptd")
 
 
-def prebuild(names: Iterable[str]) -> list[Path]:
-    """The programs ``names``; missing ones are exported in one child process."""
-    names = list(names)
-    targets = {name: _target(name) for name in names}
-    missing = [name for name, target in targets.items() if not target.is_file()]
-    if missing:
-        with _locked(_folder()):
-            missing = [name for name in missing if not targets[name].is_file()]
-            if missing:
-                _build_in_child(missing)
-    return [targets[name] for name in names]
+def prebuild(names: Sequence[str]) -> list[Path]:
+    """The programs ``names``; missing ones are exported now, on all cores."""
+    targets = [_target(name) for name in names]
+    missing = [name for name, target in zip(names, targets, strict=True) if not target.is_file()]
+    n_processes = min(os.cpu_count() or 1, (len(missing) + 1) // 2)
+    with contextlib.ExitStack() as stack:
+        exporting = [stack.enter_context(_child(missing)) for _ in range(n_processes)]
+        for child in exporting:
+            child.wait()
+    return targets
 
 
 def _folder() -> Path:
@@ -232,30 +236,51 @@ def _target(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; released by the kernel if the process dies."""
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _build_in_child(names: Sequence[str]) -> None:
+def _child(names: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that exports ``names``; at the end it is waited for, and its failure raised."""
     with tempfile.TemporaryFile() as log:
-        result = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, "-m", "tests.programs", "--in-this-process", *names],
             cwd=ROOT,
             env={**os.environ, "PYTHONWARNINGS": "ignore", "KVSTORE_TEST_PROGRAMS": str(_folder())},
             stdout=log,
             stderr=subprocess.STDOUT,
-            check=False,
-        )
-        if result.returncode:
+        ) as child:
+            yield child
+        if child.returncode:
             log.seek(0)
             tail = log.read().decode("utf-8", "replace")[-3000:]
             raise RuntimeError(f"exporting {', '.join(names)} failed:\n{tail}")
 
 
 # ------------------------------------------------------------- in the child process
+
+
+def _build_all(names: Sequence[str]) -> None:
+    """Export what is missing: first what no other process is at, then wait for the rest."""
+    taken = [name for name in names if not _build_alone(name, wait=False)]
+    for name in taken:
+        _build_alone(name, wait=True)
+
+
+def _build_alone(name: str, *, wait: bool) -> bool:
+    """Export ``name`` unless it is there; False if another process is at it."""
+    target = _target(name)
+    # The kernel lets go of the lock if the process dies.
+    with target.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if not target.is_file():
+            started = time.monotonic()
+            # An export makes millions of objects that live as long as it does.
+            gc.disable()
+            _build(name)
+            gc.enable()
+            gc.collect()
+            print(f"[programs] {name}: {time.monotonic() - started:.1f} s", flush=True)
+    return True
 
 
 def _build(name: str) -> None:
@@ -449,21 +474,26 @@ _MAKERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.programs", description="make programs")
-    parser.add_argument("names", nargs="*", help=f"any of: {', '.join(SPECS)}")
+    parser.add_argument(
+        "names", nargs="*", help=f"any of: {', '.join(SPECS)}; all if there is none"
+    )
+    parser.add_argument("--fast", action="store_true", help="those of the fast tests")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in SPECS]
     if unknown:
         parser.error(f"expected names among {', '.join(SPECS)}, found {', '.join(unknown)}")
-    names = arguments.names or [name for name in SPECS if is_available(name)]
-    if not arguments.in_this_process:
-        for name, made in zip(names, prebuild(names), strict=True):
-            print(f"{name}: {made}")
+    names = arguments.names or (FAST if arguments.fast else [*SPECS])
+    if arguments.in_this_process:
+        _build_all(names)
         return
-    for name in names:
+    names = [name for name in names if is_available(name)]
+    missing = [name for name in names if not _target(name).is_file()]
+    if missing:
+        print(f"exporting {len(missing)} programs for the tests, kept in {_folder()}", flush=True)
         started = time.monotonic()
-        _build(name)
-        print(f"[programs] {name}: {time.monotonic() - started:.1f} s", flush=True)
+        prebuild(missing)
+        print(f"exported in {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

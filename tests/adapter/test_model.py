@@ -31,15 +31,16 @@ from tests import programs  # noqa: E402
 pytestmark = pytest.mark.adapter
 
 CAPACITY = 512
+slow = pytest.mark.slow
 SERVED = [
     "stock_fp32",
-    "stock_fp16",
-    "stock_bf16",
     "plain",
     "one_token",
-    "full_logits",
-    "quantized_cache",
     "named",
+    *(
+        pytest.param(name, marks=slow)
+        for name in ("stock_fp16", "stock_bf16", "full_logits", "quantized_cache")
+    ),
 ]
 
 
@@ -88,7 +89,7 @@ def test_a_program_with_its_weights_in_a_data_file_opens_with_it(tmp_path: Path)
         Model.open(path, data_path=tmp_path / "none.ptd")
 
 
-@pytest.mark.parametrize("name", ["stock_fp32", "plain", "full_logits"])
+@pytest.mark.parametrize("name", ["stock_fp32", "plain", pytest.param("full_logits", marks=slow)])
 def test_a_prompt_in_pieces_gives_what_one_piece_gives(name: str) -> None:
     tokens = prompt(60)
     with Model.open(programs.path(name)) as one, Model.open(programs.path(name)) as two:
@@ -243,6 +244,7 @@ def test_a_truncated_program_is_refused(tmp_path: Path, keep: int) -> None:
         Model.open(path)
 
 
+@slow
 def test_a_backend_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(method, "registered_backends", lambda: frozenset({"OtherBackend"}))
     with pytest.raises(MissingOperatorError, match=r"XnnpackBackend.*OtherBackend"):
