@@ -19,8 +19,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from kvstore import codec, regions
-from kvstore.checksum import blob_checksum
+from kvstore import regions
+from kvstore.blob import decode_blob
 from kvstore.db import blobs, models, sessions
 from kvstore.db import engine as db
 from kvstore.db.schema import Database
@@ -109,10 +109,11 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A load's result, and the chunk row to mark as used."""
+    """A load's result, the chunk row to mark as used, and those that may be damaged."""
 
     result: LoadResult
     used_chunk_id: int | None
+    doubtful_chunk_ids: tuple[int, ...]
 
 
 def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
@@ -164,7 +165,15 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
             stored_nbytes=outcome.stored_nbytes,
             seconds=time.perf_counter() - began,
         )
-    return Loaded(result=result, used_chunk_id=None if serving is None else serving.id)
+    return Loaded(
+        result=result,
+        used_chunk_id=None if serving is None else serving.id,
+        doubtful_chunk_ids=tuple(
+            match.chunk.id
+            for match in plan.matches
+            if reason is MissReason.CORRUPT and match.stop > n_tokens
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +246,7 @@ class _Restore:
                     self._raw_nbytes += pending.popleft().result()
                 stored = blobs.read_payload(self._connection, item.row.payload_id)
                 self._stored_nbytes += len(stored)
-                pending.append(self._workers.submit(_decode_blob, self._cache, item, stored))
+                pending.append(self._workers.submit(_decode_item, self._cache, item, stored))
             while pending:
                 self._raw_nbytes += pending.popleft().result()
 
@@ -249,7 +258,7 @@ class _Restore:
                 self._cache.buffer(tensor)[:] = memoryview(content).cast("B")
 
 
-def _decode_blob(cache: LiveCache, item: LoadItem, stored: bytes) -> int:
+def _decode_item(cache: LiveCache, item: LoadItem, stored: bytes) -> int:
     """Verify one blob and put the wanted part of it in place; returns the bytes put."""
     row = item.row
     spec = cache.layout.tensors[row.tensor]
@@ -259,12 +268,12 @@ def _decode_blob(cache: LiveCache, item: LoadItem, stored: bytes) -> int:
     in_place = decoded is not None
     if decoded is None:
         decoded = memoryview(bytearray(row.raw_nbytes))
-    codec.decode_into(row.codec, memoryview(stored), decoded)
-    if blob_checksum(item.key, row.tensor, row.start, row.stop, decoded) != row.checksum:
+    try:
+        decode_blob(row, item.key, stored, decoded)
+    except CorruptStoreError as error:
         raise CorruptStoreError(
-            f"chunk {item.key.hex()[:12]}, {spec.name}, tokens [{row.start}, {row.stop}): "
-            "the checksum does not match what is stored"
-        )
+            f"chunk {item.key.hex()[:12]}, {spec.name}, tokens [{row.start}, {row.stop}): {error}"
+        ) from error
     nbytes = blob_raw_nbytes(spec, item.start, item.stop)
     if not in_place:
         first = (item.start - row.start) * spec.slot_nbytes

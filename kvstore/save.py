@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from kvstore import codec, regions
-from kvstore.checksum import blob_checksum
+from kvstore.blob import encode_blob
 from kvstore.clock import now_ms
 from kvstore.db import blobs, chunks, eviction, leases, models, sessions
 from kvstore.db import engine as db
@@ -222,7 +222,7 @@ class _Saver:
             _Encoded(
                 write=write,
                 blobs=[
-                    self._workers.submit(_encode_blob, cache, write.key, part)
+                    self._workers.submit(_encode_part, cache, write.key, part)
                     for part in write.parts
                 ],
             )
@@ -407,19 +407,10 @@ class _Saver:
                 eviction.release(connection, chunk_id)
 
 
-def _encode_blob(cache: LiveCache, key: Key, part: Part) -> NewBlob:
+def _encode_part(cache: LiveCache, key: Key, part: Part) -> NewBlob:
     spec = cache.layout.tensors[part.tensor]
     decoded = regions.gather(spec, cache.buffer(part.tensor), part.start, part.stop)
-    tag, stored = codec.encode(decoded, codec.Zstd())
-    return NewBlob(
-        tensor=part.tensor,
-        start=part.start,
-        stop=part.stop,
-        codec=tag,
-        raw_nbytes=decoded.nbytes,
-        checksum=blob_checksum(key, part.tensor, part.start, part.stop, decoded),
-        stored=stored,
-    )
+    return encode_blob(key, part.tensor, part.start, part.stop, decoded=decoded, by=codec.Zstd())
 
 
 def _needed(batch: Sequence[_Encoded], tip: Link | None) -> list[ChunkRow | Link]:

@@ -17,6 +17,7 @@ from kvstore import prune as pruning
 from kvstore import save as saving
 from kvstore import verify as verifying
 from kvstore.clock import now_ms
+from kvstore.damage import drop_damaged
 from kvstore.db import chunks, eviction, models, sessions
 from kvstore.db import engine as db
 from kvstore.db.schema import Database, open_database
@@ -80,8 +81,9 @@ class Store:
         self._closed = False
         self._workers = ThreadPoolExecutor(_N_WORKERS, thread_name_prefix="kvstore")
         self._used_chunk_ids: set[int] = set()
+        self._doubtful_chunk_ids: dict[Fingerprint, tuple[int, ...]] = {}
         self._n_calls = 0
-        self._lock = threading.Lock()  # guards _used_chunk_ids, _closed and _n_calls
+        self._lock = threading.Lock()  # guards the three above and _closed
         self._idle = threading.Condition(self._lock)  # notified when a call ends
 
     @property
@@ -147,6 +149,7 @@ class Store:
             checkpoint_n_tokens=self._checkpoint_n_tokens,
         )
         with self._call():
+            self._drop_damaged(cache)
             result = saving.save(self._database, request, self._workers)
             self._flush_used()
         return result
@@ -186,9 +189,11 @@ class Store:
         )
         with self._call():
             loaded = loading.load(self._database, request, self._workers)
-        if loaded.used_chunk_id is not None:
-            with self._lock:
+        with self._lock:
+            if loaded.used_chunk_id is not None:
                 self._used_chunk_ids.add(loaded.used_chunk_id)
+            if loaded.doubtful_chunk_ids:
+                self._doubtful_chunk_ids[cache.fingerprint] = loaded.doubtful_chunk_ids
         return loaded.result
 
     def sessions(self, *, all_namespaces: bool = False) -> list[SessionInfo]:
@@ -349,6 +354,13 @@ class Store:
             raise ReadOnlyStoreError(
                 f"{self.path}: the store is open read-only; open it where it may be written"
             )
+
+    def _drop_damaged(self, cache: LiveCache) -> None:
+        """Make room for what a load of this model found damaged to be written again."""
+        with self._lock:
+            doubtful = self._doubtful_chunk_ids.pop(cache.fingerprint, ())
+        if doubtful:
+            drop_damaged(self._database.engine, cache.layout, doubtful)
 
     def _flush_used(self) -> None:
         """Write the last-used marks; best effort, nobody waits or fails for them."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from kvstore import codec
-from kvstore.checksum import blob_checksum
-from kvstore.db import blobs, chunks, sessions
+from kvstore.blob import check_blob
+from kvstore.db import chunks, sessions
 from kvstore.db import engine as db
 from kvstore.db.chunks import ChunkRow
 from kvstore.db.schema import Database
@@ -210,18 +209,11 @@ class _ChunkChecker:
             return
         for row in rows:
             self.n_blobs += 1
-            name = layout.tensors[row.tensor].name
-            decoded = memoryview(bytearray(row.raw_nbytes))
-            try:
-                stored = blobs.read_payload(self._connection, row.payload_id)
-                codec.decode_into(row.codec, memoryview(stored), decoded)
-            except CorruptStoreError as error:
-                yield f"{name}: {error}"
-                continue
-            checksum = blob_checksum(chunk.key, row.tensor, row.start, row.stop, decoded)
-            if checksum != row.checksum:
-                yield f"{name}: the checksum does not match what is stored"
             self.raw_nbytes += row.raw_nbytes
+            try:
+                check_blob(self._connection, row, chunk.key)
+            except CorruptStoreError as error:
+                yield f"{layout.tensors[row.tensor].name}: {error}"
 
 
 def _session_problems(connection: sa.Connection, layouts: dict[int, Layout]) -> Iterator[str]:

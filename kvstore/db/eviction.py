@@ -54,6 +54,23 @@ def evict(connection: sa.Connection, chunk_ids: Iterable[int]) -> None:
     models.delete_unused(connection)
 
 
+def evict_subtree(connection: sa.Connection, chunk_id: int) -> None:
+    """Delete a chunk and all that continues or borrows from it, unless a lease holds any of it."""
+    subtree = sa.select(chunk_table.c.id).where(chunk_table.c.id == chunk_id).cte(recursive=True)
+    subtree = subtree.union(
+        sa.select(chunk_table.c.id).where(
+            sa.or_(chunk_table.c.parent_id == subtree.c.id, chunk_table.c.base_id == subtree.c.id)
+        )
+    )
+    held = sa.exists().where(leases.c.chunk_id.in_(sa.select(subtree.c.id)))
+    if connection.execute(sa.select(held)).scalar_one():
+        return
+    # What continues starts later; what borrows borrows more than its base does.
+    leaf_first = (chunk_table.c.start.desc(), chunk_table.c.base_n_tokens.desc())
+    query = sa.select(chunk_table.c.id).where(chunk_table.c.id.in_(sa.select(subtree.c.id)))
+    evict(connection, connection.execute(query.order_by(*leaf_first)).scalars().all())
+
+
 def release(connection: sa.Connection, chunk_id: int | None) -> None:
     """Delete a chunk that nothing needs any more, then what only it needed."""
     waiting = [chunk_id]

@@ -1,0 +1,55 @@
+"""One blob: positions of one tensor, encoded with a checksum, decoded and checked."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from kvstore import codec
+from kvstore.checksum import blob_checksum
+from kvstore.codec import Codec
+from kvstore.db import blobs
+from kvstore.db.blobs import BlobRow, NewBlob
+from kvstore.errors import CorruptStoreError
+from kvstore.prefix import Key
+
+
+def encode_blob(
+    key: Key, tensor: int, start: int, stop: int, *, decoded: memoryview, by: Codec
+) -> NewBlob:
+    """The blob of ``[start, stop)`` of a tensor in chunk ``key``, ready to be inserted.
+
+    ``decoded`` are the positions' bytes, token-major. Stored raw where ``by`` gains nothing.
+    """
+    tag, stored = codec.encode(decoded, by)
+    return NewBlob(
+        tensor=tensor,
+        start=start,
+        stop=stop,
+        codec=tag,
+        raw_nbytes=decoded.nbytes,
+        checksum=blob_checksum(key, tensor, start, stop, decoded),
+        stored=stored,
+    )
+
+
+def decode_blob(row: BlobRow, key: Key, stored: bytes, destination: memoryview) -> None:
+    """Fill ``destination`` with what ``stored`` decodes to, and check it.
+
+    ``key`` is that of the chunk that owns the row.
+
+    Raises:
+        CorruptStoreError: it does not decode to as many bytes, or to others than were stored.
+    """
+    codec.decode_into(row.codec, memoryview(stored), destination)
+    if blob_checksum(key, row.tensor, row.start, row.stop, destination) != row.checksum:
+        raise CorruptStoreError("the checksum does not match what is stored")
+
+
+def check_blob(connection: sa.Connection, row: BlobRow, key: Key) -> None:
+    """Read and decode a blob for its checksum's sake.
+
+    Raises:
+        CorruptStoreError: it is missing or damaged.
+    """
+    stored = blobs.read_payload(connection, row.payload_id)
+    decode_blob(row, key, stored, memoryview(bytearray(row.raw_nbytes)))
