@@ -14,6 +14,7 @@ from kvstore.blob import check_blob
 from kvstore.db import chunks, eviction
 from kvstore.db import engine as db
 from kvstore.db.chunks import ChunkRow
+from kvstore.db.writing import write_transaction
 from kvstore.errors import CorruptStoreError
 from kvstore.layout import Layout
 from kvstore.match import ChunkMatch, piece_blobs, pieces
@@ -50,7 +51,7 @@ def drop_damaged(engine: sa.Engine, layout: Layout, chunk_ids: Iterable[int]) ->
         damaged = find_damaged(connection, layout, chunk_ids)
     if damaged is None:
         return
-    with db.write_transaction(engine) as connection:
+    with write_transaction(engine) as connection:
         now = chunks.by_id(connection, damaged.id)
         if now is not None and now.key == damaged.key:
             eviction.evict_subtree(connection, damaged.id)

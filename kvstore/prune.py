@@ -11,7 +11,6 @@ import sqlalchemy as sa
 
 from kvstore.db import engine as db
 from kvstore.db.eviction import ChunkFacts, evict, read_facts
-from kvstore.db.leases import drop_expired
 from kvstore.errors import BudgetError
 
 
@@ -108,11 +107,9 @@ def prune(
     max_nbytes: int | None,
     unused_since_ms: int | None,
     model: bytes | None,
-    now_ms: int,
 ) -> PruneResult:
     """Prune inside the caller's write transaction, and give the freed pages up."""
     before = db.size_nbytes(connection)
-    drop_expired(connection, now_ms=now_ms)
     n_chunks, freed_nbytes = 0, 0
     while True:
         policy = _policy(connection, max_nbytes, unused_since_ms, model)

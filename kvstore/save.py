@@ -16,17 +16,16 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from kvstore import codec, regions
+from kvstore import clock, codec, regions
 from kvstore.blob import encode_blob
-from kvstore.clock import now_ms
 from kvstore.db import blobs, chunks, eviction, leases, models, sessions
 from kvstore.db import engine as db
 from kvstore.db.blobs import NewBlob
 from kvstore.db.chunks import ChunkRow
 from kvstore.db.models import SpaceRow
 from kvstore.db.schema import Database
-from kvstore.db.tables import FORMAT_VERSION
-from kvstore.errors import NewerFormatError, SessionConflictError, StoreBusyError
+from kvstore.db.writing import write_transaction
+from kvstore.errors import SessionConflictError, StoreBusyError
 from kvstore.layout import Fingerprint, LiveCache
 from kvstore.match import blob_raw_nbytes
 from kvstore.prefix import Key, full_chunk_keys
@@ -112,20 +111,6 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> SaveRes
     )
 
 
-def check_writable_version(connection: sa.Connection) -> None:
-    """Refuse to write into a file that another process upgraded meanwhile.
-
-    Raises:
-        NewerFormatError: the file's format version is no longer ours.
-    """
-    version = db.pragma(connection, "user_version")
-    if version != FORMAT_VERSION:
-        raise NewerFormatError(
-            f"the file's format version is now {version}, this kvstore writes {FORMAT_VERSION}; "
-            "another process upgraded it: update kvstore and open the store again"
-        )
-
-
 def check_name(
     connection: sa.Connection,
     *,
@@ -193,7 +178,7 @@ class _Saver:
         lease_id, self._lease_id = self._lease_id, None
         # Only after a failure, which is what the caller must hear of; a lease
         # that cannot be dropped now expires.
-        with suppress(SQLAlchemyError), db.write_transaction(self._engine) as connection:
+        with suppress(SQLAlchemyError), write_transaction(self._engine) as connection:
             leases.drop(connection, lease_id)
 
     def _batches(self, writes: Sequence[Write]) -> Iterator[list[Write]]:
@@ -232,12 +217,11 @@ class _Saver:
     def _write(self, batch: Sequence[_Encoded], tip: Link | None, *, publish: bool) -> Link | None:
         """One transaction: insert the batch, then hold it by a lease or publish it."""
         encoded = [(item.write, [blob.result() for blob in item.blobs]) for item in batch]
-        request, now = self._request, now_ms()
+        request, now = self._request, clock.now_ms()
         need_nbytes = sum(blob.stored.nbytes for _, new in encoded for blob in new)
         counted = (self.n_new_tokens, self.raw_nbytes, self.stored_nbytes)
         try:
-            with db.write_transaction(self._engine) as connection:
-                check_writable_version(connection)
+            with write_transaction(self._engine) as connection:
                 session_id = None
                 if request.name is not None:
                     session_id = check_name(
@@ -251,7 +235,6 @@ class _Saver:
                 for chunk in needed:
                     _check_unchanged(connection, chunk)
                 if request.max_nbytes is not None:
-                    leases.drop_expired(connection, now_ms=now)
                     make_room(
                         connection,
                         max_nbytes=request.max_nbytes,

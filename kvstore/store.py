@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from kvstore import clock
 from kvstore import load as loading
 from kvstore import prune as pruning
 from kvstore import save as saving
 from kvstore import verify as verifying
-from kvstore.clock import now_ms
 from kvstore.damage import drop_damaged
 from kvstore.db import chunks, eviction, models, sessions
 from kvstore.db import engine as db
@@ -24,6 +24,7 @@ from kvstore.db.schema import Database, open_database
 from kvstore.db.sessions import SessionInfo
 from kvstore.db.stats import StoreStats, read_stats
 from kvstore.db.vendor import vendor_errors
+from kvstore.db.writing import write_transaction
 from kvstore.errors import (
     CacheMismatchError,
     CapacityError,
@@ -217,8 +218,7 @@ class Store:
         """
         self._check_writable()
         with self._call():
-            with db.write_transaction(self._database.engine) as connection:
-                saving.check_writable_version(connection)
+            with write_transaction(self._database.engine) as connection:
                 session = sessions.find(
                     connection, namespace=self._namespace, name=_check_name(name)
                 )
@@ -261,20 +261,20 @@ class Store:
                 f"model: expected a fingerprint's {KEY_NBYTES} bytes (Fingerprint.model), "
                 f"found {model!r:.80}"
             )
+        unused_since_ms = None
+        if unused_for_seconds is not None:
+            unused_since_ms = clock.now_ms() - int(unused_for_seconds * 1000)
         limits = {
             "max_nbytes": None if max_bytes is None else parse_nbytes(max_bytes),
-            "unused_since_ms": (
-                None if unused_for_seconds is None else now_ms() - int(unused_for_seconds * 1000)
-            ),
+            "unused_since_ms": unused_since_ms,
         }
         if dry_run:
             return self._read(lambda connection: pruning.preview(connection, model=model, **limits))
         self._check_writable()
         with self._call():
             self._flush_used()
-            with db.write_transaction(self._database.engine) as connection:
-                saving.check_writable_version(connection)
-                result = pruning.prune(connection, model=model, now_ms=now_ms(), **limits)
+            with write_transaction(self._database.engine) as connection:
+                result = pruning.prune(connection, model=model, **limits)
             db.checkpoint(self._database.engine)
         return result
 
@@ -369,9 +369,8 @@ class Store:
         if not used or self.read_only:
             return
         try:
-            with db.write_transaction(self._database.engine) as connection:
-                saving.check_writable_version(connection)
-                chunks.touch(connection, used, now_ms=now_ms())
+            with write_transaction(self._database.engine) as connection:
+                chunks.touch(connection, used, now_ms=clock.now_ms())
         except Exception:  # noqa: BLE001  # losing a mark costs a worse eviction, no more
             return
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from alembic import context
 
-from kvstore.db.engine import make_engine, write_transaction
+from kvstore.db.engine import exclusive_transaction, make_engine
 
 
 def run() -> None:
@@ -20,7 +20,7 @@ def run() -> None:
     if path is None:
         message = "name the file: alembic -c migrations/alembic.ini -x db=sessions.db upgrade head"
         raise SystemExit(message)
-    with write_transaction(make_engine(Path(path), access="create")) as own_connection:
+    with exclusive_transaction(make_engine(Path(path), access="create")) as own_connection:
         migrate(own_connection)
 
 

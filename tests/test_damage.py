@@ -6,6 +6,7 @@ import pytest
 
 import kvstore
 from kvstore import Kind, MissReason
+from kvstore.errors import NewerFormatError
 from tests.conformance import damaged
 from tests.fakes import BytesCache
 from tests.kinds_oracle import LAYOUTS, TracedCache
@@ -106,6 +107,32 @@ def test_nothing_is_dropped_while_another_save_builds_on_it(store_path):
             )
         before = store.stats()
         store.save_session(computed(TOKENS), TOKENS, name="chat")
+        assert store.stats() == before
+
+
+def test_a_save_that_died_does_not_keep_it_from_being_written_again(store):
+    save(store, TOKENS, name="chat")
+    damage(store.path, "a flipped payload byte")
+    cache = BytesCache()
+    assert store.load_session(cache, TOKENS).n_tokens == 0
+    with raw(store.path) as connection:
+        connection.execute(
+            "INSERT INTO leases (chunk_id, expires_at_ms) SELECT max(id), 1 FROM chunks"
+        )
+    store.save_session(computed(TOKENS), TOKENS, name="chat")
+    assert load_exact(store, TOKENS).reason is None
+
+
+def test_a_file_that_was_upgraded_meanwhile_loses_nothing(store_path):
+    with kvstore.open(store_path, chunk_n_tokens=8) as store:
+        save(store, TOKENS, name="chat")
+        damage(store_path, "a flipped payload byte")
+        assert store.load_session(BytesCache(), TOKENS).n_tokens == 0
+        before = store.stats()
+        with raw(store_path) as connection:
+            connection.execute("PRAGMA user_version = 2")
+        with pytest.raises(NewerFormatError):
+            store.save_session(computed(TOKENS), TOKENS, name="chat")
         assert store.stats() == before
 
 

@@ -746,7 +746,7 @@ def later_migrations(tmp_path):
 def run_upgrade(path, scripts):
     engine = db.make_engine(path, access="write")
     try:
-        with db.write_transaction(engine) as connection:
+        with db.exclusive_transaction(engine) as connection:
             upgrade(connection, scripts=scripts)
     finally:
         engine.dispose()

@@ -35,8 +35,7 @@ def clock(monkeypatch):
             return self.now
 
     one = Clock()
-    for module in ("save", "store"):
-        monkeypatch.setattr(f"kvstore.{module}.now_ms", one)
+    monkeypatch.setattr("kvstore.clock.now_ms", one)
     return one
 
 
@@ -316,6 +315,19 @@ def test_a_leased_chunk_is_not_pruned_until_the_lease_ends(store, clock):
             "INSERT INTO leases (chunk_id, expires_at_ms) "
             "SELECT max(id), ? FROM chunks", (clock.now + 5000,),
         )  # fmt: skip
-    assert store.prune(max_bytes=0).n_chunks == 0
+    for dry_run in (True, False):
+        assert store.prune(max_bytes=0, dry_run=dry_run).n_chunks == 0
     clock.now += 6000
+    assert store.prune(max_bytes=0, dry_run=True).n_chunks == 2
     assert store.prune(max_bytes=0).n_chunks == 2
+
+
+def test_the_lease_of_a_save_that_died_keeps_nothing_after_a_delete(store, clock):
+    save(store, range(30), name="chat")
+    with raw(store.path) as connection:
+        connection.execute(
+            "INSERT INTO leases (chunk_id, expires_at_ms) "
+            "SELECT max(id), ? FROM chunks", (clock.now - 1,),
+        )  # fmt: skip
+    store.delete_session("chat")
+    assert store.stats().n_chunks == 0

@@ -438,7 +438,7 @@ def test_a_session_that_is_not_there_cannot_be_deleted(store):
 
 def test_sessions_come_with_the_last_saved_first(store, monkeypatch):
     times = itertools.count(1_000)
-    monkeypatch.setattr("kvstore.save.now_ms", lambda: next(times))
+    monkeypatch.setattr("kvstore.clock.now_ms", lambda: next(times))
     for name in ("a", "b", "c", "a"):
         save(store, TOKENS, name=name)
     assert [one.name for one in store.sessions()] == ["a", "c", "b"]

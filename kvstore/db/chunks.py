@@ -8,8 +8,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from kvstore.db import leases
 from kvstore.db.engine import insert_row
-from kvstore.db.tables import chunks, leases, sessions
+from kvstore.db.tables import chunks, sessions
 from kvstore.errors import CorruptStoreError
 from kvstore.prefix import KEY_NBYTES, Key
 from kvstore.tokens import TOKEN_NBYTES, TokenIds, from_big_endian, to_big_endian
@@ -166,7 +167,7 @@ def is_needed(connection: sa.Connection, chunk_id: int, *, but_session_id: int |
                 sa.or_(
                     sa.exists().where(chunks.c.parent_id == chunk_id),
                     sa.exists().where(chunks.c.base_id == chunk_id),
-                    sa.exists().where(leases.c.chunk_id == chunk_id),
+                    leases.holding(chunk_id),
                     sa.exists().where(held_by_session),
                 )
             )

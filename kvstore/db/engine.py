@@ -81,8 +81,11 @@ def read_transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 
 @contextmanager
-def write_transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """The write lock, taken at once; commits at the end, rolls back on any exception."""
+def exclusive_transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """The write lock, taken at once; commits at the end, rolls back on any exception.
+
+    For migrations, and for ``kvstore.db.writing``, which everything else writes through.
+    """
     immediate = engine.connect().execution_options(kvstore_begin="IMMEDIATE")
     with immediate as connection, connection.begin():
         yield connection

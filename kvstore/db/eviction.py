@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from kvstore.db import blobs, chunks, models, sessions
+from kvstore.db import blobs, chunks, leases, models, sessions
 from kvstore.db.tables import chunks as chunk_table
-from kvstore.db.tables import leases, spaces
 from kvstore.db.tables import models as model_table
+from kvstore.db.tables import spaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,6 @@ class ChunkFacts:
 
 def read_facts(connection: sa.Connection) -> list[ChunkFacts]:
     """The facts of every chunk in the file."""
-    is_held = sa.exists().where(leases.c.chunk_id == chunk_table.c.id)
     query = sa.select(
         chunk_table.c.id,
         chunk_table.c.parent_id,
@@ -36,7 +35,7 @@ def read_facts(connection: sa.Connection) -> list[ChunkFacts]:
         model_table.c.fingerprint.label("model"),
         chunk_table.c.stored_nbytes,
         chunk_table.c.last_used_at_ms,
-        is_held.label("is_held"),
+        leases.holding(chunk_table.c.id).label("is_held"),
     ).select_from(
         chunk_table.join(spaces, spaces.c.id == chunk_table.c.space_id).join(
             model_table, model_table.c.id == spaces.c.model_id
@@ -62,8 +61,8 @@ def evict_subtree(connection: sa.Connection, chunk_id: int) -> None:
             sa.or_(chunk_table.c.parent_id == subtree.c.id, chunk_table.c.base_id == subtree.c.id)
         )
     )
-    held = sa.exists().where(leases.c.chunk_id.in_(sa.select(subtree.c.id)))
-    if connection.execute(sa.select(held)).scalar_one():
+    is_held = sa.select(subtree.c.id).where(leases.holding(subtree.c.id)).limit(1)
+    if connection.execute(is_held).one_or_none():
         return
     # What continues starts later; what borrows borrows more than its base does.
     leaf_first = (chunk_table.c.start.desc(), chunk_table.c.base_n_tokens.desc())

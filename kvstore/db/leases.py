@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+from kvstore import clock
 from kvstore.db.engine import insert_row
 from kvstore.db.tables import leases
 
@@ -21,6 +22,12 @@ def hold(connection: sa.Connection, lease_id: int | None, chunk_id: int, *, now_
         if renewed.rowcount:
             return lease_id
     return insert_row(connection, leases, **values)
+
+
+def holding(chunk_id: sa.ColumnElement[int] | int) -> sa.Exists:
+    """Whether a save in progress holds that very chunk, as an SQL condition."""
+    is_live = leases.c.expires_at_ms >= clock.now_ms()
+    return sa.exists().where(leases.c.chunk_id == chunk_id, is_live)
 
 
 def drop(connection: sa.Connection, lease_id: int) -> None:

@@ -190,7 +190,7 @@ def _migrate(engine: sa.Engine, path: Path) -> None:
     # Not at the top: Alembic takes longer to import than all the rest.
     from kvstore.db.migrate import upgrade
 
-    with db.write_transaction(engine) as connection:
+    with db.exclusive_transaction(engine) as connection:
         if db.pragma(connection, "application_id") != db.APPLICATION_ID:
             if _read_objects(connection):  # somebody else's file came between
                 raise NotAStoreError(f"{path}: expected an empty file, found a database")
