@@ -13,6 +13,7 @@ from kvstore.layout import Kind, Layout, TensorSpec
 MANIFEST_FORMAT = 1
 MAX_METADATA_NBYTES = 1 << 20
 _MAX_DEPTH = 32
+_MAX_N_ITEMS = 100_000
 
 
 def pack_manifest(layout: Layout) -> bytes:
@@ -48,7 +49,8 @@ def pack_metadata(metadata: Mapping[str, Any] | None) -> bytes:
     Raises:
         MetadataError: not a mapping with text keys, holds something other than
             None, bool, int, float, str, bytes, lists and mappings, is nested
-            deeper than 32 levels, or takes more than 1 MiB.
+            deeper than 32 levels, has more than 100,000 items in one list or mapping, or
+            takes more than 1 MiB.
     """
     if metadata is not None and not isinstance(metadata, Mapping):
         raise MetadataError(f"expected a mapping, found {type(metadata).__name__}")
@@ -113,8 +115,13 @@ _RING_FIELDS = {"sink_n_tokens", "window_n_tokens"}
 
 def _plain(value: Any, *, depth: int) -> Any:
     """``value`` with sorted maps and lists, or MetadataError."""
-    if depth > _MAX_DEPTH:
-        raise MetadataError(f"expected at most {_MAX_DEPTH} levels of nesting, found more")
+    if isinstance(value, Mapping | list | tuple):
+        if depth >= _MAX_DEPTH:
+            raise MetadataError(f"expected at most {_MAX_DEPTH} levels of nesting, found more")
+        if len(value) > _MAX_N_ITEMS:
+            raise MetadataError(
+                f"expected at most {_MAX_N_ITEMS} items in one list or mapping, found {len(value)}"
+            )
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):

@@ -42,7 +42,7 @@ from kvstore.checksum import blob_checksum
 from kvstore.db import engine as db
 from kvstore.db import tables
 from kvstore.db.migrate import upgrade
-from kvstore.errors import CorruptStoreError, KVStoreError
+from kvstore.errors import CorruptStoreError, KVStoreError, MetadataError
 from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, Fingerprint, Kind, Layout, TensorSpec
 from kvstore.manifest import pack_manifest, pack_metadata, unpack_manifest, unpack_metadata
 from kvstore.prefix import chunk_key, root_key
@@ -317,6 +317,20 @@ def test_accepted_metadata_are_accepted_by_both_readers(path):
     data = path.read_bytes()
     assert unpack_metadata(data) == independent_reader.read_metadata(data)
     assert pack_metadata(unpack_metadata(data)) == data
+
+
+@pytest.mark.parametrize("n_items", [100_000, 100_001])
+def test_both_readers_and_the_writer_know_the_same_limit_of_items(n_items):
+    metadata = {"a": [None] * n_items}
+    data = msgpack.packb(metadata)
+    is_within = n_items <= 100_000
+    assert is_accepted(unpack_metadata, data) == is_within
+    assert is_accepted(independent_reader.read_metadata, data) == is_within
+    if is_within:
+        assert pack_metadata(metadata) == data
+    else:
+        with pytest.raises(MetadataError, match="at most 100000 items"):
+            pack_metadata(metadata)
 
 
 @pytest.mark.parametrize("path", files("metadata/rejected/*"))

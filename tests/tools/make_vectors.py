@@ -89,7 +89,7 @@ def fixed_clock() -> Iterator[None]:
     """Every look at the clock is one millisecond after the one before."""
     ticks = count(FIRST_MS)
     tick = lambda: next(ticks)  # noqa: E731
-    with mock.patch("kvstore.save.now_ms", tick), mock.patch("kvstore.store.now_ms", tick):
+    with mock.patch("kvstore.clock.now_ms", tick):
         yield
 
 
@@ -351,6 +351,7 @@ def metadata() -> tuple[dict[str, bytes], dict[str, bytes]]:
         "empty": pack_metadata(None),
         "every_type": pack_metadata(METADATA),
         "32_levels": b"\x81\xa1a" * 32 + b"\x01",
+        "32_levels_the_last_empty": b"\x81\xa1a" * 31 + b"\x80",
     }
     rejected = {
         "not_a_map": msgpack.packb([1]),
@@ -363,6 +364,7 @@ def metadata() -> tuple[dict[str, bytes], dict[str, bytes]]:
         "extension_type": msgpack.packb({"a": msgpack.ExtType(5, b"\x00")}),
         "timestamp": msgpack.packb({"a": msgpack.Timestamp(1)}),
         "33_levels": b"\x81\xa1a" * 33 + b"\x01",
+        "33_levels_the_last_empty": b"\x81\xa1a" * 32 + b"\x80",
     }
     return accepted, rejected
 
