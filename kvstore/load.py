@@ -243,12 +243,17 @@ class _Restore:
         with _all_settled(pending):
             for item in step.items:
                 if len(pending) >= _MAX_PENDING_BLOBS:
-                    self._raw_nbytes += pending.popleft().result()
+                    self._take(pending)
                 stored = blobs.read_payload(self._connection, item.row.payload_id)
                 self._stored_nbytes += len(stored)
                 pending.append(self._workers.submit(_decode_item, self._cache, item, stored))
             while pending:
-                self._raw_nbytes += pending.popleft().result()
+                self._take(pending)
+
+    def _take(self, pending: deque[Future[int]]) -> None:
+        """Wait for the oldest decode; it stays pending if the wait is interrupted."""
+        self._raw_nbytes += pending[0].result()
+        pending.popleft()
 
     def slot_positions(self, n_tokens: int) -> None:
         """Write which position each slot of each ring holds now."""

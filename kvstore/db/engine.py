@@ -23,7 +23,22 @@ BUSY_TIMEOUT_SECONDS = 10.0
 _CHECKPOINT_WAIT_MS = 200
 _WAL_RETRY_SECONDS = 0.01
 
-Access = Literal["create", "write", "read", "immutable"]
+Access = Literal["create", "write", "query", "read", "immutable"]
+
+
+class _Connection(sqlite3.Connection):
+    """A connection whose end is also the end of its transaction.
+
+    Where a cursor is still open (after an interrupt in the middle of a statement), SQLite only
+    closes when that is collected, and would hold the write lock till then.
+    """
+
+    def close(self) -> None:
+        try:
+            if self.in_transaction:
+                self.rollback()
+        finally:
+            super().close()
 
 
 def make_engine(
@@ -31,12 +46,14 @@ def make_engine(
 ) -> sa.Engine:
     """An engine on ``path`` that never opens the file except through SQLite.
 
-    ``create`` makes a missing file; ``read`` needs a writable folder if there
-    is a WAL; ``immutable`` promises that nobody changes the file meanwhile.
+    ``create`` makes a missing file, and is for nothing else: its settings take the write
+    lock. ``query`` may write the file but does not, so that its last connection tidies the
+    WAL away; ``read`` may not, and needs a writable folder if there is a WAL;
+    ``immutable`` promises that nobody changes the file meanwhile.
     Transactions are explicit: the driver's own are off, and a ``begin`` listener
     emits ``BEGIN``, so that schema changes roll back like everything else.
     """
-    mode = {"create": "rwc", "write": "rw", "read": "ro", "immutable": "ro&immutable=1"}[access]
+    mode = {"create": "rwc", "read": "ro", "immutable": "ro&immutable=1"}.get(access, "rw")
     uri = f"{path.absolute().as_uri()}?mode={mode}"
 
     def connect() -> sqlite3.Connection:
@@ -46,6 +63,7 @@ def make_engine(
             isolation_level=None,
             check_same_thread=False,  # the pool hands a connection to one thread at a time
             timeout=busy_timeout_seconds,
+            factory=_Connection,
         )
         try:
             if access == "create":
@@ -56,6 +74,8 @@ def make_engine(
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("PRAGMA synchronous = FULL")
+            if access == "query":
+                connection.execute("PRAGMA query_only = ON")
         except sqlite3.Error:
             connection.close()
             raise

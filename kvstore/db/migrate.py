@@ -7,9 +7,10 @@ from pathlib import Path
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 
 from kvstore._bundle import migrations_dir
+from kvstore.errors import SchemaMismatchError
 
 
 def upgrade(connection: sa.Connection, *, scripts: Path | None = None) -> None:
@@ -17,14 +18,17 @@ def upgrade(connection: sa.Connection, *, scripts: Path | None = None) -> None:
 
     ``scripts`` is the folder of the migrations; the ones shipped with kvstore
     by default.
+
+    Raises:
+        SchemaMismatchError: what the file says of its migrations is none of ours.
     """
-    command.upgrade(_config(connection, scripts or migrations_dir()), "head")
-
-
-def head_revision() -> str:
-    """The newest migration's identifier."""
-    head = ScriptDirectory(str(migrations_dir())).get_current_head()
-    return head or ""
+    try:
+        command.upgrade(_config(connection, scripts or migrations_dir()), "head")
+    except CommandError as error:
+        raise SchemaMismatchError(
+            f"expected a file that kvstore's migrations made, found one that they do not know "
+            f"({error}); it was tampered with or damaged: restore a copy"
+        ) from error
 
 
 def _config(connection: sa.Connection, scripts: Path) -> Config:

@@ -56,15 +56,14 @@ def open_database(path: Path, *, read_only: bool, busy_timeout_seconds: float) -
     engine = db.make_engine(path, access=access, busy_timeout_seconds=busy_timeout_seconds)
     try:
         with vendor_errors(path):
-            if access == "write" and _is_blank(engine, path):
-                # Its creation was cut off. Begin again, with what must come before the first page.
+            # Blank: its creation was cut off. It begins again, with what must come before page 1.
+            if access == "create" or (access == "write" and _is_blank(engine, path)):
                 engine.dispose()
-                access = "create"
+                _create(path, busy_timeout_seconds=busy_timeout_seconds)
+                access = "write"
                 engine = db.make_engine(
                     path, access=access, busy_timeout_seconds=busy_timeout_seconds
                 )
-            if access == "create":
-                _migrate(engine, path)
             with db.read_transaction(engine) as connection:
                 version, newer = _check_identity(connection, path)
                 if version < FORMAT_VERSION and access != "write":
@@ -76,12 +75,21 @@ def open_database(path: Path, *, read_only: bool, busy_timeout_seconds: float) -
                 _migrate(engine, path)
             with db.read_transaction(engine) as connection:
                 _check_schema(connection, path, newer=newer)
-            if access in ("create", "write") and not newer:
+            if access == "write" and not newer:
                 db.use_wal(engine)
     except BaseException:
         engine.dispose()
         raise
-    return Database(path=path, engine=engine, read_only=newer or access not in ("create", "write"))
+    return Database(path=path, engine=engine, read_only=newer or access != "write")
+
+
+def _create(path: Path, *, busy_timeout_seconds: float) -> None:
+    """Make the file, unless another process was first."""
+    engine = db.make_engine(path, access="create", busy_timeout_seconds=busy_timeout_seconds)
+    try:
+        _migrate(engine, path)
+    finally:
+        engine.dispose()
 
 
 def _choose_access(path: Path, *, read_only: bool) -> db.Access:
@@ -96,19 +104,33 @@ def _choose_access(path: Path, *, read_only: bool) -> db.Access:
     folder_writable = os.access(folder, os.W_OK | os.X_OK)
     if not path.exists():
         if read_only:
-            raise StorePathError(f"{path}: expected an existing store to read, found no file")
+            raise StorePathError(
+                f"{path}: expected an existing store to read, found no file; check the path"
+            )
         if not folder_writable:
-            raise StorePathError(f"{path}: its folder may not be written, so no store can be made")
+            raise StorePathError(
+                f"{path}: its folder may not be written, so no store can be made; choose another "
+                "place, or change the folder's permissions"
+            )
         return "create"
     if not path.is_file():
-        raise StorePathError(f"{path}: expected a regular file")
+        raise StorePathError(
+            f"{path}: expected a regular file, found another kind of thing; name another path"
+        )
     if not os.access(path, os.R_OK):
         raise StorePathError(f"{path}: may not be read; check its permissions")
+    return _access_to_file(path, read_only=read_only, folder_writable=folder_writable)
+
+
+def _access_to_file(path: Path, *, read_only: bool, folder_writable: bool) -> db.Access:
     if folder_writable:
-        if read_only or not os.access(path, os.W_OK):
+        if not os.access(path, os.W_OK):
             return "read"
+        if read_only:
+            return "query"
         return "create" if path.stat().st_size == 0 else "write"
-    if path.with_name(path.name + "-wal").exists():
+    wal = path.with_name(path.name + "-wal")
+    if wal.exists() and wal.stat().st_size:
         raise StorePathError(
             f"{path}: its folder is read-only but holds a -wal with changes that are not in the "
             "file yet; copy all of them to a folder that may be written, or open it there once"
@@ -147,7 +169,8 @@ def _check_identity(connection: sa.Connection, path: Path) -> tuple[int, bool]:
     if version <= FORMAT_VERSION:
         return version, False
     min_reader = version
-    if "format" in {name for _, name, _, _ in _read_objects(connection)}:
+    # A view of that name could be anything, also without an end.
+    if ("table", "format") in {(kind, name) for kind, name, _, _ in _read_objects(connection)}:
         row = connection.exec_driver_sql("SELECT version, min_reader FROM format").one_or_none()
         # A row that disagrees with the header is no statement to rely on.
         if row is not None and row[0] == version and isinstance(row[1], int):
@@ -214,7 +237,8 @@ def _expected_objects() -> SchemaObjects:
     return frozenset((kind, name, table, _normalise(sql)) for kind, name, table, sql in rows)
 
 
-def _normalise(sql: str | None) -> str:
+def _normalise(sql: object) -> str:
     """``sql`` with its white space folded: layout is no difference, anything else is."""
-    folded = re.sub(r"\s+", " ", sql or "").strip()
+    text = sql if isinstance(sql, str) else "" if sql is None else repr(sql)
+    folded = re.sub(r"\s+", " ", text).strip()
     return re.sub(r" ?([(),]) ?", r"\1", folded)
