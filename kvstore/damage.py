@@ -1,4 +1,4 @@
-"""Damage: what a load could not restore is looked at again before a save, and dropped if it is so.
+"""Damage: chunks that are not what was stored are dropped before a save that has their tokens.
 
 Without this a damaged chunk would stay for ever: its key is there, so no save would
 write it again, and every load would end before it.
@@ -6,7 +6,7 @@ write it again, and every load would end before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
 
 import sqlalchemy as sa
 
@@ -14,45 +14,87 @@ from kvstore.blob import check_blob
 from kvstore.db import chunks, eviction
 from kvstore.db import engine as db
 from kvstore.db.chunks import ChunkRow
+from kvstore.db.models import SpaceRow
 from kvstore.db.writing import write_transaction
 from kvstore.errors import CorruptStoreError
 from kvstore.layout import Layout
-from kvstore.match import ChunkMatch, piece_blobs, pieces
+from kvstore.match import ChunkMatch, is_base, is_genuine, piece_blobs, pieces
+from kvstore.prefix import Key, full_chunk_keys
+from kvstore.tokens import TokenIds
 
 
 def find_damaged(
-    connection: sa.Connection, layout: Layout, chunk_ids: Iterable[int]
-) -> ChunkRow | None:
-    """The first of the chunks whose own blobs, or those that it borrows, do not decode."""
-    for chunk_id in chunk_ids:
-        chunk = chunks.by_id(connection, chunk_id)
-        if chunk is None:
-            continue
-        try:
-            found = pieces(connection, ChunkMatch(chunk=chunk, stop=chunk.stop))
-        except CorruptStoreError:
-            return chunk
-        for piece in found:
-            try:
-                for row in piece_blobs(connection, piece, layout):
-                    check_blob(connection, row, piece.owner.key)
-            except CorruptStoreError:
-                return piece.owner
-    return None
+    connection: sa.Connection, space: SpaceRow, layout: Layout, ids: TokenIds, *, start: int
+) -> Key | None:
+    """The key of the first damaged chunk on the path of ``ids``, or beside its end.
+
+    Looks at the chunk that has position ``start`` and those behind it, and decodes all
+    that they hold or borrow.
+    """
+    size = space.chunk_n_tokens
+    keys = full_chunk_keys(space.root, ids, chunk_n_tokens=size)
+    stored = chunks.by_keys(connection, keys)
+    parent_key, n_found = space.root, 0
+    for number, key in enumerate(keys):
+        if key not in stored:
+            break
+        chunk, first = stored[key], number * size
+        if first + size > start:
+            if chunk is None or chunk.tokens != ids[first : first + size]:
+                return key
+            damaged = _damaged_owner(connection, layout, chunk)
+            if damaged is not None:
+                return damaged
+        parent_key, n_found = key, n_found + 1
+    first = n_found * size
+    rest = array("Q", ids[first : first + size])
+    try:
+        siblings = chunks.neighbours(connection, parent_key, rest) if rest else []
+    except CorruptStoreError:
+        return None  # a save passes over such a row, or meets it by its key
+    found = (_damaged_owner(connection, layout, sibling) for sibling in siblings)
+    return next((key for key in found if key is not None), None)
 
 
-def drop_damaged(engine: sa.Engine, layout: Layout, chunk_ids: Iterable[int]) -> None:
-    """Delete the first damaged chunk of ``chunk_ids``, and all that continues or borrows from it.
+def drop(engine: sa.Engine, key: Key) -> None:
+    """Delete the chunk of that key, and all that continues or borrows from it.
 
     Sessions keep their tokens; they end before it now. Nothing is deleted while
     another save builds on it.
     """
-    with db.read_transaction(engine) as connection:
-        damaged = find_damaged(connection, layout, chunk_ids)
-    if damaged is None:
-        return
     with write_transaction(engine) as connection:
-        now = chunks.by_id(connection, damaged.id)
-        if now is not None and now.key == damaged.key:
-            eviction.evict_subtree(connection, damaged.id)
+        chunk_id = chunks.id_of(connection, key)
+        if chunk_id is not None:
+            eviction.evict_subtree(connection, chunk_id)
             db.shrink(connection)
+
+
+def _damaged_owner(connection: sa.Connection, layout: Layout, chunk: ChunkRow) -> Key | None:
+    """The chunk whose blobs or tokens are damaged: this one, or one that it borrows from."""
+    if not is_genuine(chunk, chunk.start):
+        return chunk.key
+    try:
+        found = pieces(connection, ChunkMatch(chunk=chunk, stop=chunk.stop))
+    except CorruptStoreError:
+        return _broken_base(connection, chunk)
+    for piece in found:
+        try:
+            for row in piece_blobs(connection, piece, layout):
+                check_blob(connection, row, piece.owner.key)
+        except CorruptStoreError:
+            return piece.owner.key
+    return None
+
+
+def _broken_base(connection: sa.Connection, chunk: ChunkRow) -> Key:
+    """Who is wrong where a chain of bases breaks: a base of other tokens, else who borrows."""
+    while chunk.base_id is not None:
+        try:
+            base = chunks.by_id(connection, chunk.base_id)
+        except CorruptStoreError:
+            break
+        if base is None or not is_base(base, chunk):
+            is_base_wrong = base is not None and not is_genuine(base, base.start)
+            return base.key if base is not None and is_base_wrong else chunk.key
+        chunk = base
+    return chunk.key

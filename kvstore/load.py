@@ -109,11 +109,10 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A load's result, the chunk row to mark as used, and those that may be damaged."""
+    """A load's result, and the chunk row to mark as used."""
 
     result: LoadResult
     used_chunk_id: int | None
-    doubtful_chunk_ids: tuple[int, ...]
 
 
 def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
@@ -165,15 +164,7 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
             stored_nbytes=outcome.stored_nbytes,
             seconds=time.perf_counter() - began,
         )
-    return Loaded(
-        result=result,
-        used_chunk_id=None if serving is None else serving.id,
-        doubtful_chunk_ids=tuple(
-            match.chunk.id
-            for match in plan.matches
-            if reason is MissReason.CORRUPT and match.stop > n_tokens
-        ),
-    )
+    return Loaded(result=result, used_chunk_id=None if serving is None else serving.id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

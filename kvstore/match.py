@@ -58,10 +58,14 @@ def longest_prefix(
     n_matches = 0
     parent_key = space.root
     for number, key in enumerate(keys):
-        chunk = stored.get(key)
+        if key not in stored:
+            break
+        chunk = stored[key]
         start = number * size
         if chunk is None or chunk.start != start or chunk.tokens != ids[start : start + size]:
-            break
+            raise CorruptStoreError(
+                f"chunk {key.hex()[:12]}: its row is not what its key stands for"
+            )
         yield ChunkMatch(chunk=chunk, stop=chunk.stop)
         n_matches += 1
         parent_key = key
@@ -72,11 +76,25 @@ def longest_prefix(
     best: ChunkMatch | None = None
     for sibling in chunks.neighbours(connection, parent_key, rest):
         stop = start + common_prefix_n_tokens(sibling.tokens, rest)
-        is_genuine = sibling.start == start and sibling.key == chunk_key(parent_key, sibling.tokens)
-        if is_genuine and stop > (best.stop if best else start):
+        if is_genuine(sibling, start) and stop > (best.stop if best else start):
             best = ChunkMatch(chunk=sibling, stop=stop)
     if best is not None:
         yield best
+
+
+def is_genuine(chunk: ChunkRow, start: int) -> bool:
+    """Whether a chunk that was not found by its key is what its key stands for, from ``start``."""
+    return chunk.start == start and chunk.key == chunk_key(chunk.parent_key, chunk.tokens)
+
+
+def is_base(base: ChunkRow, borrower: ChunkRow) -> bool:
+    """Whether ``base`` has what ``borrower`` says that it borrows from it."""
+    return (
+        base.parent_key == borrower.parent_key
+        and is_genuine(base, borrower.start)
+        and base.tokens[: borrower.base_n_tokens] == borrower.tokens[: borrower.base_n_tokens]
+        and (base.base_id is None or base.base_n_tokens < borrower.base_n_tokens)
+    )
 
 
 def pieces(connection: sa.Connection, match: ChunkMatch) -> list[Piece]:
@@ -96,14 +114,7 @@ def pieces(connection: sa.Connection, match: ChunkMatch) -> list[Piece]:
         if owner.base_id is None:
             break
         base = chunks.by_id(connection, owner.base_id)
-        if (
-            base is None
-            or base.parent_key != owner.parent_key
-            or base.start != owner.start
-            or base.key != chunk_key(base.parent_key, base.tokens)
-            or base.tokens[: owner.base_n_tokens] != owner.tokens[: owner.base_n_tokens]
-            or (base.base_id is not None and base.base_n_tokens >= owner.base_n_tokens)
-        ):
+        if base is None or not is_base(base, owner):
             raise CorruptStoreError(
                 f"chunk {owner.key.hex()[:12]} borrows from a chunk that is missing or differs"
             )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from kvstore import clock, codec, regions
+from kvstore import clock, codec, damage, regions
 from kvstore.blob import encode_blob
 from kvstore.db import blobs, chunks, eviction, leases, models, sessions
 from kvstore.db import engine as db
@@ -78,6 +78,13 @@ class _Stale(Exception):  # noqa: N818  # control flow, never leaves this module
     """Another process changed what a plan relied on; plan again."""
 
 
+class _Damaged(Exception):  # noqa: N818  # control flow, never leaves this module
+    """A chunk's row is not what its key stands for; drop it, then plan again."""
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+
+
 def save(database: Database, request: SaveRequest, workers: Executor) -> SaveResult:
     """Store ``request.ids`` and publish the session; all of it or nothing of the name.
 
@@ -94,11 +101,15 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> SaveRes
             break
         except _Stale:
             continue
+        except _Damaged as damaged:
+            saver.drop_lease()
+            damage.drop(database.engine, damaged.key)
         finally:
             saver.drop_lease()
     else:
         raise StoreBusyError(
-            f"{database.path}: other processes kept deleting what this save builds on; try again"
+            f"{database.path}: other processes kept deleting, or building on, what this save "
+            "is to write; try again"
         )
     return SaveResult(
         name=request.name,
@@ -254,16 +265,21 @@ class _Saver:
                         self._fill_in(connection, write, new_blobs)
                     else:
                         tip = self._insert(connection, space, write, new_blobs, tip, now)
+                lease_id = self._lease_id
                 if publish and tip is not None:
+                    if lease_id is not None:
+                        leases.drop(connection, lease_id)
+                        lease_id = None
                     self._publish(connection, space, session_id, tip.id, now)
                 elif tip is not None:
-                    self._lease_id = leases.hold(connection, self._lease_id, tip.id, now_ms=now)
+                    lease_id = leases.hold(connection, lease_id, tip.id, now_ms=now)
                 if request.max_nbytes is not None:
                     held = {chunk.id for chunk in (*needed, tip) if chunk is not None}
                     keep_budget(connection, max_nbytes=request.max_nbytes, held=held)
         except BaseException:
             self.n_new_tokens, self.raw_nbytes, self.stored_nbytes = counted
             raise
+        self._lease_id = lease_id  # only now is it so in the file
         return tip
 
     def _insert(  # noqa: PLR0917  # all of a row's parts, once
@@ -276,10 +292,11 @@ class _Saver:
         now: int,
     ) -> Link:
         """Insert one chunk, unless another process was first: then that one is used."""
-        rival = chunks.by_keys(connection, [new.key]).get(new.key)
-        if rival is not None:
-            if rival.tokens != new.ids:
-                raise _Stale
+        there = chunks.by_keys(connection, [new.key])
+        if new.key in there:
+            rival = there[new.key]
+            if rival is None or rival.tokens != new.ids:
+                raise _Damaged(new.key)
             return Link(id=rival.id, key=rival.key)
         raw_nbytes = sum(blob.raw_nbytes for blob in new_blobs)
         stored_nbytes = sum(blob.stored.nbytes for blob in new_blobs)
@@ -362,9 +379,6 @@ class _Saver:
     ) -> None:
         """Make the session visible, and let go of what it replaces."""
         request = self._request
-        if self._lease_id is not None:
-            leases.drop(connection, self._lease_id)
-            self._lease_id = None
         if request.name is not None:
             former_head_id = (
                 None if session_id is None else sessions.head_of(connection, session_id)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from kvstore.db import blobs, chunks, sessions
 from kvstore.db.chunks import ChunkRow
+from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import Kind, LiveCache
-from kvstore.match import ChunkMatch, pieces
+from kvstore.match import ChunkMatch, is_genuine, pieces
 from kvstore.prefix import Key, chunk_key, root_key
 from kvstore.ranges import Range, clip, subtract
 from kvstore.thinning import keeps_checkpoint
@@ -150,9 +152,9 @@ class _Planner:
         """Store all of the chunk, or only what no sibling holds."""
         base: ChunkRow | None = None
         base_n_tokens = 0
-        for sibling in chunks.neighbours(self._connection, parent_key, ids):
+        for sibling in self._siblings(parent_key, ids):
             common = common_prefix_n_tokens(sibling.tokens, ids)
-            if common > base_n_tokens:
+            if common > base_n_tokens and is_genuine(sibling, start):
                 base, base_n_tokens = sibling, common
         present_n_tokens = base_n_tokens
         superseded_id = None
@@ -187,6 +189,12 @@ class _Planner:
         if base is None:
             return [new]
         return [*self._fill_ins(ChunkMatch(chunk=base, stop=start + base_n_tokens)), new]
+
+    def _siblings(self, parent_key: Key, ids: TokenIds) -> list[ChunkRow]:
+        """The chunks under the parent that may share a start with ``ids``."""
+        with suppress(CorruptStoreError):  # nothing is borrowed from, or near, a damaged row
+            return chunks.neighbours(self._connection, parent_key, ids)
+        return []
 
     def _has_gone(self, base: ChunkRow, stop: int, *kinds: Kind) -> bool:
         """Whether ``base`` has, before ``stop``, what a ring or state of the cache lost since.

@@ -12,12 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from kvstore import clock
+from kvstore import clock, damage
 from kvstore import load as loading
 from kvstore import prune as pruning
 from kvstore import save as saving
 from kvstore import verify as verifying
-from kvstore.damage import drop_damaged
 from kvstore.db import chunks, eviction, models, sessions
 from kvstore.db import engine as db
 from kvstore.db.schema import Database, open_database
@@ -36,7 +35,7 @@ from kvstore.errors import (
     TaintedCacheError,
 )
 from kvstore.layout import Fingerprint, LiveCache
-from kvstore.load import LoadResult
+from kvstore.load import LoadResult, MissReason
 from kvstore.manifest import pack_metadata
 from kvstore.prefix import DEFAULT_CHUNK_N_TOKENS, KEY_NBYTES
 from kvstore.prune import PruneResult
@@ -82,7 +81,7 @@ class Store:
         self._closed = False
         self._workers = ThreadPoolExecutor(_N_WORKERS, thread_name_prefix="kvstore")
         self._used_chunk_ids: set[int] = set()
-        self._doubtful_chunk_ids: dict[Fingerprint, tuple[int, ...]] = {}
+        self._damaged_at: dict[Fingerprint, int] = {}
         self._n_calls = 0
         self._lock = threading.Lock()  # guards the three above and _closed
         self._idle = threading.Condition(self._lock)  # notified when a call ends
@@ -150,7 +149,7 @@ class Store:
             checkpoint_n_tokens=self._checkpoint_n_tokens,
         )
         with self._call():
-            self._drop_damaged(cache)
+            self._drop_damaged(request)
             result = saving.save(self._database, request, self._workers)
             self._flush_used()
         return result
@@ -193,8 +192,8 @@ class Store:
         with self._lock:
             if loaded.used_chunk_id is not None:
                 self._used_chunk_ids.add(loaded.used_chunk_id)
-            if loaded.doubtful_chunk_ids:
-                self._doubtful_chunk_ids[cache.fingerprint] = loaded.doubtful_chunk_ids
+            if loaded.result.reason is MissReason.CORRUPT:
+                self._damaged_at[cache.fingerprint] = loaded.result.n_tokens
         return loaded.result
 
     def sessions(self, *, all_namespaces: bool = False) -> list[SessionInfo]:
@@ -355,12 +354,29 @@ class Store:
                 f"{self.path}: the store is open read-only; open it where it may be written"
             )
 
-    def _drop_damaged(self, cache: LiveCache) -> None:
+    def _drop_damaged(self, request: SaveRequest) -> None:
         """Make room for what a load of this model found damaged to be written again."""
+        fingerprint, layout = request.cache.fingerprint, request.cache.layout
         with self._lock:
-            doubtful = self._doubtful_chunk_ids.pop(cache.fingerprint, ())
-        if doubtful:
-            drop_damaged(self._database.engine, cache.layout, doubtful)
+            start = self._damaged_at.get(fingerprint)
+        if start is None:
+            return
+        with db.read_transaction(self._database.engine) as connection:
+            space = models.find_space(
+                connection,
+                fingerprint,
+                chunk_n_tokens=self._chunk_n_tokens,
+                namespace=self._namespace,
+            )
+            key = (
+                damage.find_damaged(connection, space, layout, request.ids, start=start)
+                if space is not None
+                else None
+            )
+        if key is not None:
+            damage.drop(self._database.engine, key)
+        with self._lock:
+            self._damaged_at.pop(fingerprint, None)
 
     def _flush_used(self) -> None:
         """Write the last-used marks; best effort, nobody waits or fails for them."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 import kvstore
-from kvstore import Kind, MissReason
+from kvstore import Kind, MissReason, clock
 from kvstore.errors import NewerFormatError
 from tests.conformance import damaged
-from tests.fakes import BytesCache
+from tests.fakes import BytesCache, layout
 from tests.kinds_oracle import LAYOUTS, TracedCache
 from tests.oracle import computed, load_exact, raw, save
 from tests.test_load import BLOB_DAMAGE
@@ -103,7 +103,8 @@ def test_nothing_is_dropped_while_another_save_builds_on_it(store_path):
         assert store.load_session(cache, TOKENS).n_tokens == 0
         with raw(store_path) as connection:
             connection.execute(
-                "INSERT INTO leases (chunk_id, expires_at_ms) SELECT max(id), 1 << 60 FROM chunks"
+                "INSERT INTO leases (chunk_id, expires_at_ms) SELECT max(id), ? FROM chunks",
+                (clock.now_ms() + 60_000,),
             )
         before = store.stats()
         store.save_session(computed(TOKENS), TOKENS, name="chat")
@@ -144,3 +145,70 @@ def test_another_models_save_drops_nothing(store_path):
         store.save_session(computed(TOKENS, weights="other"), TOKENS, name="other")
         stored = {session.name: session.n_stored_tokens for session in store.sessions()}
         assert stored == {"chat": 30, "other": 30}
+
+
+def flip_last_token(path, row_id):
+    with raw(path) as connection:
+        (tokens,) = connection.execute(
+            "SELECT tokens FROM chunks WHERE id = ?", (row_id,)
+        ).fetchone()
+        changed = tokens[:-1] + bytes([tokens[-1] ^ 1])
+        connection.execute("UPDATE chunks SET tokens = ? WHERE id = ?", (changed, row_id))
+
+
+@pytest.mark.parametrize("row_id", [1, 2, 3, 4])
+def test_a_flipped_token_id_of_any_chunk_is_healed_by_the_next_save(store, row_id):
+    save(store, TOKENS, name="chat")
+    flip_last_token(store.path, row_id)
+    cache = BytesCache()
+    hit = load_exact(store, TOKENS, cache=cache)
+    assert hit.n_tokens == 8 * (row_id - 1)
+    assert hit.reason is (MissReason.CORRUPT if row_id < 4 else MissReason.NO_MATCH)
+    cache.compute(TOKENS[hit.n_tokens :])
+    store.save_session(cache, TOKENS, name="chat")
+    assert load_exact(store, name="chat").reason is None
+
+
+def test_nothing_is_borrowed_from_a_tail_of_other_tokens(store_path):
+    with kvstore.open(store_path, chunk_n_tokens=64) as store:
+        save(store, range(40), name="one")
+        flip_last_token(store.path, 1)
+        other = [*range(39), *range(200, 210)]
+        save(store, other, name="two")
+        assert load_exact(store, name="two").reason is None
+
+
+@pytest.mark.parametrize("row_id", [1, 2, 3, 4])
+def test_a_row_of_impossible_columns_is_healed_too_and_costs_only_what_follows_it(store, row_id):
+    save(store, TOKENS, name="chat")
+    with raw(store.path) as connection:
+        connection.execute("UPDATE chunks SET tokens = x'00' WHERE id = ?", (row_id,))
+    cache = BytesCache()
+    hit = load_exact(store, TOKENS, cache=cache)
+    assert hit.n_tokens == 8 * (row_id - 1)
+    cache.compute(TOKENS[hit.n_tokens :])
+    store.save_session(cache, TOKENS, name="chat")
+    assert load_exact(store, name="chat").reason is None
+
+
+def test_a_session_on_a_damaged_row_can_be_deleted(store):
+    save(store, TOKENS, name="chat")
+    with raw(store.path) as connection:
+        connection.execute("UPDATE chunks SET tokens = x'00'")
+    store.delete_session("chat")
+    assert store.stats().n_chunks == 0
+
+
+def test_what_has_the_damaged_chunks_row_id_now_is_left_alone(store_path):
+    other_layout = layout(n_layers=3)
+    with kvstore.open(store_path, chunk_n_tokens=8) as store:
+        save(store, TOKENS, name="chat")
+        damage(store_path, "a flipped payload byte")
+        assert store.load_session(BytesCache(), TOKENS).n_tokens == 0
+        with kvstore.open(store_path, chunk_n_tokens=8) as other:
+            other.delete_session("chat")
+            other.save_session(computed(TOKENS, other_layout), TOKENS, name="other")
+        store.save_session(computed(TOKENS), TOKENS, name="chat")
+        stored = {session.name: session.n_stored_tokens for session in store.sessions()}
+        assert stored == {"chat": 30, "other": 30}
+        assert store.verify().ok

@@ -91,14 +91,31 @@ def _row(row: sa.Row[*tuple[Any, ...]]) -> ChunkRow:
     )
 
 
-def by_keys(connection: sa.Connection, keys: Sequence[Key]) -> dict[Key, ChunkRow]:
-    """The chunks that exist among ``keys``."""
-    found: dict[Key, ChunkRow] = {}
+def by_keys(connection: sa.Connection, keys: Sequence[Key]) -> dict[Key, ChunkRow | None]:
+    """The chunks that exist among ``keys``; None for one whose row is damaged."""
+    found: dict[Key, ChunkRow | None] = {}
     for first in range(0, len(keys), _MAX_VARIABLES):
         some = keys[first : first + _MAX_VARIABLES]
         for row in connection.execute(sa.select(*_COLUMNS).where(chunks.c.key.in_(some))):
-            found[Key(row.key)] = _row(row)
+            try:
+                found[Key(row.key)] = _row(row)
+            except CorruptStoreError:
+                found[Key(row.key)] = None
     return found
+
+
+def id_of(connection: sa.Connection, key: Key) -> int | None:
+    """The row id of the chunk with this key, whatever else its row says."""
+    query = sa.select(chunks.c.id).where(chunks.c.key == key)
+    chunk_id: int | None = connection.execute(query).scalar_one_or_none()
+    return chunk_id
+
+
+def needed_by(connection: sa.Connection, chunk_id: int) -> list[int]:
+    """The row ids of the chunks that this one continues and borrows from."""
+    query = sa.select(chunks.c.parent_id, chunks.c.base_id).where(chunks.c.id == chunk_id)
+    row = connection.execute(query).one_or_none()
+    return [] if row is None else [needed_id for needed_id in row if needed_id is not None]
 
 
 def by_id(connection: sa.Connection, chunk_id: int) -> ChunkRow | None:

@@ -54,7 +54,10 @@ def evict(connection: sa.Connection, chunk_ids: Iterable[int]) -> None:
 
 
 def evict_subtree(connection: sa.Connection, chunk_id: int) -> None:
-    """Delete a chunk and all that continues or borrows from it, unless a lease holds any of it."""
+    """Delete a chunk and all that continues or borrows from it, unless a lease holds any of it.
+
+    Sessions keep their tokens, and end before it now.
+    """
     subtree = sa.select(chunk_table.c.id).where(chunk_table.c.id == chunk_id).cte(recursive=True)
     subtree = subtree.union(
         sa.select(chunk_table.c.id).where(
@@ -72,13 +75,13 @@ def evict_subtree(connection: sa.Connection, chunk_id: int) -> None:
 
 def release(connection: sa.Connection, chunk_id: int | None) -> None:
     """Delete a chunk that nothing needs any more, then what only it needed."""
-    waiting = [chunk_id]
+    waiting = [] if chunk_id is None else [chunk_id]
     while waiting:
-        chunk = chunks.by_id(connection, candidate) if (candidate := waiting.pop()) else None
-        if chunk is None or chunks.is_needed(connection, chunk.id, but_session_id=None):
+        candidate = waiting.pop()
+        if chunks.is_needed(connection, candidate, but_session_id=None):
             continue
-        _delete(connection, chunk.id)
-        waiting += [chunk.parent_id, chunk.base_id]
+        waiting += chunks.needed_by(connection, candidate)
+        _delete(connection, candidate)
 
 
 def _delete(connection: sa.Connection, chunk_id: int) -> None:
