@@ -49,6 +49,11 @@ class SyntheticCache:
         return self._log.tokens
 
     @property
+    def capacity_n_tokens(self) -> int:
+        """Room for as many tokens as the layout has slots for."""
+        return self.layout.capacity_n_tokens
+
+    @property
     def held(self) -> Held:
         """How the cache came to hold them."""
         return self._log.held

@@ -306,6 +306,11 @@ class LiveCache(Protocol):
         ...
 
     @property
+    def capacity_n_tokens(self) -> int:
+        """Number of tokens that it has room for; at most the layout's."""
+        ...
+
+    @property
     def taint(self) -> str | None:
         """Why the content is no longer exact, or None while it is."""
         ...

@@ -71,7 +71,7 @@ def plan_load(
     with_logits = any(
         tensor.role == LOGITS_ROLE and tensor.kind is Kind.CHECKPOINT for tensor in layout.tensors
     )
-    limit = min(len(ids) if with_logits else len(ids) - 1, layout.capacity_n_tokens)
+    limit = min(len(ids) if with_logits else len(ids) - 1, cache.capacity_n_tokens)
     kept = _kept(cache, ids, limit)
     matches: list[ChunkMatch] = []
     found: list[tuple[ChunkMatch, Piece, Sequence[BlobRow]]] = []

@@ -501,7 +501,7 @@ def _check_cache(cache: LiveCache) -> None:
 
 def _check_held(cache: LiveCache, ids: TokenIds) -> None:
     """Refuse ids that the cache does not hold from position 0 on."""
-    capacity = cache.layout.capacity_n_tokens
+    capacity = cache.capacity_n_tokens
     if len(ids) > capacity:
         raise CapacityError(
             f"expected at most {capacity} tokens (the cache's capacity), found {len(ids)}"

@@ -18,7 +18,7 @@ from runtime_adapter.arithmetic import Arithmetic
 from runtime_adapter.companions import find_foreign_state, shares_cache
 from runtime_adapter.context import is_endless
 from runtime_adapter.dataflow import Dataflow
-from runtime_adapter.fingerprint import program_digest, weights_digest
+from runtime_adapter.fingerprint import method_digest, program_digest, weights_digest
 from runtime_adapter.instructions import MethodGraph, read_method
 from runtime_adapter.naming import NamedState, name_state
 from runtime_adapter.problems import find_data_problem, find_problem
@@ -46,8 +46,8 @@ class ProgramAnalysis:
     Where the layout has a checkpoint tensor, its last tensor has the role ``logits``: the
     last token's logits, float32 ``[vocab]``. It is no attribute of the program;
     whoever runs the program keeps it. ``is_endless`` says that positions may go past the
-    model's context (an attention sink). ``companions`` are other methods over the same
-    cache: loaded from one program object, they share its memory.
+    model's context (an attention sink). ``companions`` are other methods of the same weights over
+    the same cache: loaded from one program object, they share its memory.
     """
 
     method: str
@@ -187,6 +187,11 @@ def survey(
         state = name_state(find_state(flow))
         others = [Dataflow(other) for name, other in graphs.items() if name != method]
         digest = program_digest(file.program)
+        weights_of = {
+            plan.name: method_digest(plan, file.program)
+            for plan in file.program.execution_plan
+            if plan.name in graphs
+        }
     signature: Signature | None = None
     problem = find_problem(graph, state, metadata, path=file.path)
     problem = problem or find_foreign_state(flow, others, path=file.path)
@@ -202,7 +207,11 @@ def survey(
         analysis = ProgramAnalysis(
             method=method,
             fingerprint=Fingerprint(
-                weights=weights_digest(file, data_path=data),
+                weights=weights_digest(
+                    file,
+                    data_path=data,
+                    method=weights_of[method] if len(weights_of) > 1 else None,
+                ),
                 program=digest,
                 layout=layout.digest,
             ),
@@ -215,7 +224,11 @@ def survey(
             # Full tensors end anyway.
             is_endless=layout.capacity_n_tokens == UNLIMITED_N_TOKENS
             and is_endless(Arithmetic(flow)),
-            companions=tuple(other.graph.name for other in others if shares_cache(flow, other)),
+            companions=tuple(
+                other.graph.name
+                for other in others
+                if shares_cache(flow, other) and weights_of[other.graph.name] == weights_of[method]
+            ),
         )
     return Survey(
         path=file.path,

@@ -71,7 +71,9 @@ class Dataflow:
         return frozenset(ops), frozenset(leaves)
 
     def _walk(self, step: Step) -> None:
-        for value in sorted(step.reads | step.mutates):
+        # What a copy replaces whole is not looked at.
+        seen = step.reads if step.op == "aten::copy_" else step.reads | step.mutates
+        for value in sorted(seen):
             self._meet(value, step)
         for value in {self.resolve(value) for value in step.reads}:
             self.consumers[value].append(step)

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvstore import layout
 from runtime_adapter.program import flatbuffer_digest
 
 log = logging.getLogger("runtime_adapter")
@@ -182,10 +183,16 @@ def _file_identity(path: Path) -> tuple[int, int, int, int, int]:
 
 @functools.cache
 def _adapter_hash() -> str:
-    """A hash of this package's sources: what another version analysed is analysed again."""
+    """A hash of the sources that analyse: what another version analysed is analysed again."""
+    return sources_hash(Path(__file__).parent, Path(layout.__file__))
+
+
+def sources_hash(package: Path, *modules: Path) -> str:
+    """A hash of all Python files below ``package``, and of ``modules``."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode("utf-8") + b"\0" + path.read_bytes() + b"\0")
+    for path in (*sorted(package.rglob("*.py")), *modules):
+        name = path.relative_to(package).as_posix() if path.is_relative_to(package) else path.name
+        digest.update(name.encode("utf-8") + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -31,9 +31,12 @@ _SKIPPED: Mapping[str, frozenset[str]] = {
 }
 
 
-def weights_digest(file: ProgramFile, *, data_path: Path | None = None) -> bytes:
+def weights_digest(
+    file: ProgramFile, *, data_path: Path | None = None, method: bytes | None = None
+) -> bytes:
     """BLAKE2b-256 over all constant data: segments, inline buffers, and the ``.ptd``; 32 bytes.
 
+    ``method`` is the ``method_digest`` of the method that runs, where the file has several.
     Streams the segments: memory stays at about a megabyte.
 
     Raises:
@@ -53,6 +56,37 @@ def weights_digest(file: ProgramFile, *, data_path: Path | None = None) -> bytes
         digest.update(data)
     if data_path is not None:
         digest.update(data_digest(data_path))
+    if method is not None:
+        digest.update(method)
+    return digest.digest()
+
+
+def method_digest(plan: Any, program: Any) -> bytes:
+    """BLAKE2b-256 over which constants and delegates an ``ExecutionPlan`` uses; 32 bytes.
+
+    Methods of one file with equal digests compute with the same weights (prefill and decode of
+    a model); a LoRA adapter's method has others than its base's.
+    """
+    used: set[bytes] = set()
+    for value in plan.values:
+        tensor = value.val
+        if type(tensor).__name__ != "Tensor":
+            continue
+        extra = tensor.extra_tensor_info
+        if extra is not None and int(extra.location) == 1:
+            used.add(b"external " + str(extra.fully_qualified_name).encode("utf-8"))
+        elif tensor.allocation_info is None and tensor.data_buffer_idx:
+            used.add(b"constant %d" % tensor.data_buffer_idx)
+    for delegate in plan.delegates or ():
+        processed = delegate.processed
+        if int(processed.location) == 1:
+            used.add(b"segment %d" % processed.index)
+        else:
+            data = bytes(program.backend_delegate_data[processed.index].data)
+            used.add(b"inline " + hashlib.blake2b(data, digest_size=_DIGEST_NBYTES).digest())
+    digest = hashlib.blake2b(digest_size=_DIGEST_NBYTES, person=b"kvstore/method")
+    for name in sorted(used):
+        digest.update(len(name).to_bytes(8, "little") + name)
     return digest.digest()
 
 

@@ -205,7 +205,7 @@ class _Reader:
         if op == _COPY_INDEX and inputs:
             # Fills its argument 0 row by row from nothing (the output of a loop).
             outputs, reads = (inputs[0],), reads[1:]
-        if op == "aten::copy_" and len(inputs) > 1:
+        if op in {"aten::copy_", "aten::copy"} and len(inputs) > 1:
             # Writes argument 0 whole; what was in it before does not matter.
             reads = [value for value in reads if value != inputs[0] or inputs[0] == inputs[1]]
         return _step(position, op, overload, inputs, reads=reads, writes=outputs, mutates=mutates)

@@ -144,13 +144,21 @@ def _same_form(flow: Dataflow, left: int, right: int) -> bool:
 def _place_bookkeeping(
     books: Mapping[int, Verdict], slotted: Mapping[int, Verdict], keyed: Mapping[int, Place]
 ) -> dict[int, Place]:
-    """Beside the ring that is written right behind it; alone in a layer if there is none."""
+    """Beside the ring that is written right behind it; alone in a layer if there is none.
+
+    Where there are as many as layers with rings, they are in the same order: a delegate may
+    have moved all of them before the first ring.
+    """
     rings = sorted(
         (verdict.position, keyed[value][0])
         for value, verdict in slotted.items()
         if verdict.kind is Kind.WINDOW
     )
     found: dict[int, Place] = {}
+    layers = sorted({key for _, key in rings})
+    if len(layers) == len(books):
+        in_order = sorted(books, key=lambda value: (books[value].position, value))
+        return {value: (key, "positions") for value, key in zip(in_order, layers, strict=True)}
     for value, verdict in books.items():
         behind = [key for position, key in rings if position > verdict.position]
         before = [key for position, key in rings if position <= verdict.position]

@@ -59,7 +59,8 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
         if there is one below the layout's (a ring has none by itself).
 
         Raises:
-            InputError: a view has not the shape or dtype that the layout says.
+            InputError: a view has not the shape or dtype that the layout says, or
+                ``capacity_n_tokens`` is not a length.
         """
         if len(views) != len(layout.tensors):
             raise InputError(
@@ -71,6 +72,13 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
                     f"tensor {spec.name!r}: expected {spec.dtype} {list(spec.shape)} as the "
                     f"layout says, found {_dtype_name(view)} {list(view.shape)}"
                 )
+        if capacity_n_tokens is not None and (
+            type(capacity_n_tokens) is not int or capacity_n_tokens < 1
+        ):
+            raise InputError(
+                f"capacity_n_tokens: expected a whole number of at least 1, found "
+                f"{capacity_n_tokens!r}"
+            )
         self._layout = layout
         self._fingerprint = fingerprint
         self._views = {spec.name: view for spec, view in zip(layout.tensors, views, strict=True)}

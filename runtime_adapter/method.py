@@ -30,7 +30,7 @@ from kvstore.errors import (
     ProgramSignatureError,
     RuntimeMissingError,
 )
-from runtime_adapter.quiet import CapturedLog, captured_stderr
+from runtime_adapter.quiet import CapturedLog, captured_stderr, written_somewhere
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,8 @@ def registered_operators() -> frozenset[str]:
     Raises:
         RuntimeMissingError: ExecuTorch is not installed.
     """
-    return frozenset(_binding()._get_operator_names())
+    with written_somewhere():
+        return frozenset(_binding()._get_operator_names())
 
 
 def registered_backends() -> frozenset[str]:
@@ -103,7 +104,8 @@ def registered_backends() -> frozenset[str]:
     Raises:
         RuntimeMissingError: ExecuTorch is not installed.
     """
-    return frozenset(_binding()._get_registered_backend_names())
+    with written_somewhere():
+        return frozenset(_binding()._get_registered_backend_names())
 
 
 def load_library(path: Path) -> None:
@@ -235,7 +237,8 @@ class LoadedMethod:
         log = CapturedLog()
         try:
             if self._is_warm:
-                return list(method.call(inputs))
+                with written_somewhere():
+                    return list(method.call(inputs))
             # The first execution starts thread pools, which log.
             with captured_stderr() as log:
                 outputs = list(method.call(inputs))

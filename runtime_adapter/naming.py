@@ -92,9 +92,11 @@ def _made_name(state: StateTensor, index: int) -> str:
     if state.layer is None or state.role is None:
         return f"state.{index}"
     where = f"layers.{state.layer}.attention"
-    if state.role.rstrip("0123456789") not in _CACHE_ROLES:
+    role = state.role.rstrip("0123456789")
+    if role not in _CACHE_ROLES:
         return f"{where}.{state.role}"
-    return f"{where}.kv_cache.{_SUFFIX_OF_ROLE.get(state.role, state.role)}"
+    number = state.role.removeprefix(role)  # where a layer has several of them
+    return f"{where}.kv_cache.{_SUFFIX_OF_ROLE.get(role, role)}{number}"
 
 
 def _unused(name: str, taken: set[str]) -> str:
@@ -151,11 +153,22 @@ def write_named_copy(source: str | Path, target: str | Path, *, replace: bool = 
 
 
 def _check_target(source: Path, target: Path, *, replace: bool) -> None:
-    if target.is_dir():
+    try:
+        is_directory = target.is_dir()
+        is_there = os.path.lexists(target)
+        is_other = is_there and not target.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise InputError(f"{target}: expected a path to write to, found: {error}") from error
+    if is_directory:
         raise InputError(f"{target}: expected a file name, found a directory; name the copy in it")
     if not target.parent.is_dir():
         raise InputError(f"{target}: expected an existing folder, found none; make it first")
-    if target.exists():
+    if is_other:
+        raise InputError(
+            f"{target}: expected a new or a regular file, found a device, a pipe, or a link that "
+            "leads nowhere; choose another name"
+        )
+    if is_there:
         if source.exists() and target.samefile(source):
             raise InputError(
                 f"{target}: expected another file than the original, found the same; "
@@ -164,7 +177,7 @@ def _check_target(source: Path, target: Path, *, replace: bool) -> None:
         if not replace:
             raise InputError(
                 f"{target}: expected a new file, found an existing one; "
-                "remove it, choose another name, or ask to replace it"
+                "remove it, choose another name, or replace it with --force (replace=True)"
             )
 
 

@@ -21,6 +21,7 @@ Metadata = Mapping[str, int | float | bool | str | None]
 _SHOWN_N_TENSORS = 3
 
 _OWNERS: Mapping[str, str] = {
+    "CoreAIBackend": "partition so that it does not take mutable buffers over",
     "CoreMLBackend": "partition with CoreMLPartitioner(take_over_mutable_buffer=False)",
     "MLXBackend": "lower with XNNPACK or the portable kernels instead",
     "QnnBackend": "lower with XNNPACK instead; this backend keeps the cache in its own memory",
@@ -30,6 +31,8 @@ _OWNERS: Mapping[str, str] = {
     "AotiBackend": "lower with XNNPACK instead; the compiled library keeps the cache",
 }
 """Backends that take mutable buffers over, and what to change at export."""
+
+_ADVICE = "lower with XNNPACK instead, or keep the cache update out of it"
 
 _NEVER_OWNERS = frozenset({"XnnpackBackend"})
 
@@ -44,7 +47,7 @@ def find_problem(
     refused = [item for item in state if item.state.reason is not None]
     if not state and (owners or (others and metadata.get("use_kv_cache"))):
         name = (owners or others)[0]
-        advice = _OWNERS.get(name, "lower with XNNPACK instead, or keep the cache update out of it")
+        advice = _OWNERS.get(name, _ADVICE)
         return DelegatedCacheError(
             f"{where}: expected a cache in the planned memory, found none there and the delegate "
             f"{name}, which keeps mutable buffers to itself; export again: {advice}"
@@ -73,13 +76,27 @@ def find_problem(
             "see `kvstore inspect`, or export without that option"
         )
     n_layers = metadata.get("get_n_layers")
-    served = {item.state.layer for item in state}
-    if owners and isinstance(n_layers, int) and len(served) < n_layers:
+    served = _visible_layers(state)
+    if others and not (isinstance(n_layers, int) and len(served) >= n_layers):
+        name = (owners or others)[0]
+        total = (
+            n_layers if isinstance(n_layers, int) else "all (get_n_layers does not say how many)"
+        )
         return DelegatedCacheError(
-            f"{where}: expected the cache of {n_layers} layers, found {len(served)} in the planned "
-            f"memory; the delegate {owners[0]} keeps the others: {_OWNERS[owners[0]]}"
+            f"{where}: expected the cache of {total} layers in the planned memory, found that of "
+            f"{len(served)}; the delegate {name} may keep the others to itself; export again: "
+            f"{_OWNERS.get(name, _ADVICE)}"
         )
     return None
+
+
+def _visible_layers(state: tuple[NamedState, ...]) -> set[int]:
+    """The layers whose state is there and known for what it is."""
+    roles: dict[int, set[str]] = {}
+    for item in state:
+        if item.state.layer is not None and item.state.role is not None:
+            roles.setdefault(item.state.layer, set()).add(item.state.role)
+    return {layer for layer, found in roles.items() if {"k", "v"} <= found or "conv_state" in found}
 
 
 def find_data_problem(

@@ -119,9 +119,14 @@ def open_program(path: Path) -> BinaryIO:
         NotAProgramError: missing, a directory, not a regular file, or not readable.
     """
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             raise NotAProgramError(
                 f"{path}: expected a .pte file, found a directory; name the file inside it"
+            )
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
+            raise NotAProgramError(
+                f"{path}: expected a regular .pte file, found a device or pipe; name a file"
             )
         stream = path.open("rb")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -129,9 +134,6 @@ def open_program(path: Path) -> BinaryIO:
         raise NotAProgramError(
             f"{path}: expected a .pte file, found: {reason}; check the path"
         ) from error
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise NotAProgramError(f"{path}: expected a regular .pte file, found a device or pipe")
     return stream
 
 

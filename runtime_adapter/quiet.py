@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 _LOCK = threading.RLock()
@@ -57,11 +58,12 @@ def captured_stderr() -> Iterator[CapturedLog]:
     with _LOCK, contextlib.ExitStack() as stack:
         try:
             saved = os.dup(2)
-        except OSError:  # a daemon without stderr: nothing to protect
-            yield log
+            stack.callback(os.close, saved)
+            capture = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+        except OSError:  # a daemon without stderr, or no folder to write in: nothing is caught
+            with written_somewhere():
+                yield log
             return
-        stack.callback(os.close, saved)
-        capture = stack.enter_context(tempfile.TemporaryFile(buffering=0))
         python_stderr = stack.enter_context(
             # A duplicate shares the file's offset, so that neither overwrites the other.
             os.fdopen(os.dup(capture.fileno()), "w", encoding="utf-8", errors="backslashreplace")
@@ -78,6 +80,22 @@ def captured_stderr() -> Iterator[CapturedLog]:
             others = _split(log, capture.read().decode("utf-8", "replace"))
             if others:
                 _pass_on(others)
+
+
+@contextlib.contextmanager
+def written_somewhere() -> Iterator[None]:
+    """Give ``sys.stderr`` a place while the block runs, where the process has none.
+
+    The binding writes its log there and fails if it is None (a daemon, pythonw).
+    """
+    if sys.stderr is not None:
+        yield
+        return
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def _split(log: CapturedLog, text: str) -> str:

@@ -139,6 +139,10 @@ class BytesCache:
     def held(self) -> Held:
         return self._log.held
 
+    @property
+    def capacity_n_tokens(self) -> int:
+        return self.layout.capacity_n_tokens
+
     def buffer(self, index: int) -> memoryview:
         return memoryview(self.memory[index])
 

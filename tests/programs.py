@@ -25,8 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,21 @@ SPECS: dict[str, Spec] = {
     "gemma4_one_token": Spec(maker="gemma4", max_seq=1, since=(1, 5)),
     "two_shapes": Spec(maker="two_shapes", since=(1, 5)),
     "turboquant": Spec(maker="turboquant", since=(1, 5)),
+    # Two ring layers whose bookkeeping a delegate moves before both of them.
+    "plain_rings_xnnpack": Spec(
+        options=(
+            *_CACHE,
+            "model.local_global_attention=[16,0,16]",
+            "backend.xnnpack.enabled=True",
+        ),
+        params={"n_layers": 3},
+        max_seq=24,
+        since=(1, 5),
+    ),
+    # Two methods of one file that compute with different weights.
+    "lora": Spec(maker="lora", since=(1, 5)),
+    # From Hugging Face's model and its own exporter.
+    "huggingface": Spec(maker="huggingface", since=(1, 5)),
     # No state at all.
     "no_cache": Spec(maker="no_cache"),
 }
@@ -295,8 +310,8 @@ def _build(name: str) -> None:
         made.replace(target)
 
 
-def _make_stock(spec: Spec, work: Path) -> Path:
-    """As the command line of the stock exporter does it."""
+def _make_stock(spec: Spec, work: Path, change: Callable[[Any], None] | None = None) -> Path:
+    """As the command line of the stock exporter does it; ``change`` edits its configuration."""
     from executorch.examples.models.llama.export_llama_lib import export_llama
     from executorch.extension.llm.export.config.llm_config import LlmConfig
     from omegaconf import OmegaConf
@@ -315,13 +330,87 @@ def _make_stock(spec: Spec, work: Path) -> Path:
             *spec.options,
         ]
     )
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LlmConfig), options))
+    if change is not None:
+        change(config)
     before = Path.cwd()
     os.chdir(work)  # the .ptd is written into the working directory
     try:
-        export_llama(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LlmConfig), options)))
+        export_llama(config)
     finally:
         os.chdir(before)
     return work / "program.pte"
+
+
+def _make_lora(spec: Spec, work: Path) -> Path:
+    """``forward``, and ``lora_forward`` with an adapter on K and V, over one cache."""
+    import torch
+    from executorch.extension.llm.export.config.llm_config import LoraConfig, MethodConfig
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(5)
+    adapter = {}
+    for layer in range(_PARAMS["n_layers"]):
+        for name in ("k_proj", "v_proj"):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            for part, shape in (("lora_A", (4, 64)), ("lora_B", (32, 4))):
+                adapter[f"{prefix}.{part}.weight"] = 0.3 * torch.randn(shape, generator=generator)
+    save_file(adapter, work / "adapter.safetensors")
+    lora = LoraConfig(
+        adapter_checkpoint=str(work / "adapter.safetensors"),
+        lora_rank=4,
+        lora_alpha=8,
+        target_modules=["k_proj", "v_proj"],
+    )
+
+    def with_methods(config: Any) -> None:
+        config.multimethod.methods = [
+            MethodConfig("forward"),
+            MethodConfig("lora_forward", lora_config=lora),
+        ]
+        config.multimethod.share_mutable_buffers = True
+
+    return _make_stock(replace(spec, options=_SDPA), work, with_methods)
+
+
+def _make_huggingface(spec: Spec, work: Path) -> Path:
+    """A Llama of transformers with its static cache, one token at a time."""
+    import torch
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
+
+    torch.manual_seed(spec.seed)
+    config = LlamaConfig(
+        vocab_size=_PARAMS["vocab_size"],
+        hidden_size=_PARAMS["dim"],
+        intermediate_size=_PARAMS["hidden_dim"],
+        num_hidden_layers=_PARAMS["n_layers"],
+        num_attention_heads=_PARAMS["n_heads"],
+        num_key_value_heads=_PARAMS["n_kv_heads"],
+        max_position_embeddings=spec.max_seq,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config = GenerationConfig(
+        use_cache=True,
+        cache_implementation="static",
+        max_length=spec.max_seq,
+        cache_config={"batch_size": 1, "max_cache_len": spec.max_seq},
+    )
+    exportable = TorchExportableModuleForDecoderOnlyLM(
+        model, batch_size=1, max_cache_len=spec.max_seq
+    )
+    with torch.no_grad():
+        method = exportable.export(
+            input_ids=torch.zeros((1, 1), dtype=torch.long), cache_position=torch.arange(1)
+        )
+        edge = to_edge(
+            method, compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+        )
+    target = work / "program.pte"
+    with target.open("wb") as stream:
+        edge.to_executorch(ExecutorchBackendConfig()).write_to_file(stream)
+    return target
 
 
 def _model(spec: Spec, *, use_kv_cache: bool = True) -> Any:
@@ -468,6 +557,8 @@ _MAKERS = {
     "gemma4": functools.partial(_make_model, "Gemma4"),
     "two_shapes": functools.partial(_make_model, "TwoShapes"),
     "turboquant": functools.partial(_make_model, "TurboQuant"),
+    "lora": _make_lora,
+    "huggingface": _make_huggingface,
     "no_cache": _make_no_cache,
 }
 

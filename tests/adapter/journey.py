@@ -110,6 +110,8 @@ def resume(path: Path, db: Path, orders: Sequence[int], *, data_path: Path | Non
 
 
 def main() -> None:
-    """In the new process: program, store, file for what was found, stops."""
-    path, db, result, *orders = sys.argv[1:]
-    torch.save(resume(Path(path), Path(db), [int(stop) for stop in orders]), result)
+    """In the new process: program, its data or nothing, store, file for what was found, stops."""
+    path, data, db, result, *orders = sys.argv[1:]
+    data_path = Path(data) if data else None
+    stops = [int(stop) for stop in orders]
+    torch.save(resume(Path(path), Path(db), stops, data_path=data_path), result)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from kvstore.errors import InputError
+from kvstore.errors import InputError, NotAProgramError
 from runtime_adapter.analysis import analyze
 from runtime_adapter.commands.annotate import annotate
 from tests import programs
@@ -40,6 +42,23 @@ def test_it_keeps_an_existing_file_unless_forced(tmp_path: Path) -> None:
     assert target.read_bytes() == b"mine"
     assert run(programs.path("stock_fp32"), target, "--force").exit_code == 0
     assert analyze(target).is_named
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_only_a_regular_file_is_ever_replaced(tmp_path: Path, force: list[str]) -> None:
+    pipe, link = tmp_path / "pipe.pte", tmp_path / "link.pte"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "nowhere.pte")
+    for target in (pipe, link, tmp_path / ("x" * 300)):
+        assert isinstance(run(programs.path("stock_fp32"), target, *force).exception, InputError)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert link.is_symlink()
+
+
+def test_a_pipe_is_no_program_and_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.pte"
+    os.mkfifo(pipe)
+    assert isinstance(run(pipe, tmp_path / "out.pte").exception, NotAProgramError)
 
 
 def test_in_and_out_may_not_be_the_same(tmp_path: Path) -> None:

@@ -236,6 +236,22 @@ def test_what_is_read_and_never_changed_is_no_state() -> None:
     assert [state.value for state in method.find()] == [k, v]
 
 
+@pytest.mark.parametrize("op", ["aten::copy_", "aten::copy.out"])
+def test_what_a_copy_replaces_whole_is_not_read_by_it(op: str) -> None:
+    """Scratch memory that is written whole at every call outlives none."""
+    method = Method()
+    k, v = method.state(CUSTOM), method.state(CUSTOM)
+    method.inputs()
+    scratch = method.tensor([16], dtype="LONG")
+    source = method.call("aten::arange", method.start, out=method.tensor([16], dtype="LONG"))
+    out = scratch if op == "aten::copy_" else method.tensor([16], dtype="LONG")
+    method.call(op, scratch, source, method.flag(), out=out)
+    method.update_cache(k)
+    method.update_cache(v)
+    method.custom_sdpa(k, v)
+    assert [state.value for state in method.find()] == [k, v]
+
+
 def test_packed_content_and_its_norms_are_told_apart_by_width() -> None:
     method = Method()
     packed, norms = [1, N_HEADS, N_SLOTS, HEAD], [1, N_HEADS, N_SLOTS, 1]

@@ -152,6 +152,20 @@ def test_an_entry_of_another_version_of_the_adapter_is_ignored(
     assert files.recall(identity, method="forward") is None
 
 
+def test_a_change_in_any_source_that_analyses_makes_another_version(tmp_path: Path) -> None:
+    module = tmp_path / "layout.py"
+    package = tmp_path / "package"
+    (package / "classifiers").mkdir(parents=True)
+    sources = [package / "roles.py", package / "classifiers" / "window.py", module]
+    for source in sources:
+        source.write_text("one")
+    seen = {filecache.sources_hash(package, module)}
+    for source in sources:
+        source.write_text("two")
+        seen.add(filecache.sources_hash(package, module))
+    assert len(seen) == 1 + len(sources)
+
+
 def test_analyses_do_not_pile_up(
     tmp_path: Path, files: FileCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,21 @@ SLOW = (
     "gemma4_one_token",
     "turboquant",
     "head_dim_12",
+    "stock_fp16",
     "stock_bf16",
+    "plain",
+    "plain_bf16",
+    "plain_xnnpack",
+    "plain_one_token",
+    "plain_rings_xnnpack",
+    "one_token",
+    "full_logits",
+    "xnnpack",
+    "named",
+    "unnamed",
+    "external_weights",
+    "external_xnnpack",
+    "huggingface",
 )
 RINGS = ("quantized_ring", "ring", "ring_only", "plain_ring", "sink", "plain_sink")
 RECURRENT = ("lfm2", "qwen35", "qwen35_one_token")
@@ -64,6 +78,10 @@ def each(names: tuple[str, ...]) -> list[Any]:
                 pytest.mark.skipif(
                     not programs.is_available(name), reason="this ExecuTorch lacks the option"
                 ),
+                pytest.mark.skipif(
+                    programs.SPECS[name].has_data_file and programs.version() < (1, 5),
+                    reason="1.4 loads no .ptd in Python",
+                ),
             ],
         )
         for name in names
@@ -71,7 +89,7 @@ def each(names: tuple[str, ...]) -> list[Any]:
 
 
 def opened(name: str) -> Model:
-    return Model.open(programs.path(name))
+    return Model.open(programs.path(name), data_path=programs.data_path(name))
 
 
 def open_store(path: Path) -> kvstore.Store:
@@ -95,7 +113,7 @@ def test_going_on_in_another_process_equals_never_having_stopped(name: str, tmp_
             journey.go_on(model, tokens, stops[: index + 1], record)
             assert store.save_session(model.cache, tokens[:stop], name="chat").n_tokens == stop
         assert store.verify().ok
-        path = model.path
+        path, data = model.path, programs.data_path(name) or ""
         # A fresh conversation begins as in a program that was just loaded.
         model.cache.truncate(0)
         again = journey.Record()
@@ -105,7 +123,7 @@ def test_going_on_in_another_process_equals_never_having_stopped(name: str, tmp_
     orders = [*stops[:-1]]
     random.Random(0).shuffle(orders)
     subprocess.run(
-        [sys.executable, "-c", RESUME, path, db, result, *map(str, orders)],
+        [sys.executable, "-c", RESUME, path, data, db, result, *map(str, orders)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
@@ -230,6 +248,20 @@ def test_a_ring_or_state_is_emptied_when_the_runtime_stops(
                 model.forward(tokens, start=3)
         assert (model.cache.tokens, model.logits) == ((), None)
         assert torch.equal(model.forward([1, 2, 3], start=0), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not programs.is_available("lora"), reason="this ExecuTorch lacks the option")
+def test_a_method_of_other_weights_is_another_model(store: kvstore.Store) -> None:
+    """Also in one file, over one cache: a LoRA adapter beside its base."""
+    path = programs.path("lora")
+    with Model.open(path) as base, Model.open(path, method="lora_forward") as lora:
+        tokens = journey.tokens_of([40])
+        base.forward(tokens[:40], start=0)
+        store.save_session(base.cache, tokens[:40], name="chat")
+        assert lora.layout.digest == base.layout.digest
+        hit = store.load_session(lora.cache, tokens)
+        assert (hit.n_tokens, hit.reason) == (0, MissReason.OTHER_MODEL)
 
 
 @pytest.mark.slow

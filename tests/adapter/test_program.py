@@ -168,6 +168,40 @@ def test_a_delegate_that_owns_the_cache_is_named_with_what_to_change() -> None:
     assert "take_over_mutable_buffer=False" in str(problem)
 
 
+@pytest.mark.parametrize("backend", ["SomeNewBackend", "QnnBackend", "CoreMLBackend"])
+@pytest.mark.parametrize("metadata", [{"get_n_layers": 2}, {}])
+def test_a_delegate_that_may_keep_some_layers_to_itself_is_refused(
+    backend: str, metadata: dict[str, Any]
+) -> None:
+    """The planned K and V of one layer say nothing of the other's."""
+    method = Method()
+    k, v, other = method.state(CUSTOM), method.state(CUSTOM), method.state(CUSTOM)
+    method.inputs()
+    method.update_cache(k)
+    method.update_cache(v)
+    made = method.tensor(CUSTOM)
+    method.delegate(backend, method.custom_sdpa(k, v), other, made)
+    method.copy_(other, made)  # K of the second layer; its V stays in the delegate
+    problem = find_problem(
+        method.graph(), name_state(method.find()), metadata, path=Path("model.pte")
+    )
+    assert isinstance(problem, DelegatedCacheError)
+    assert backend in str(problem)
+
+
+def test_a_delegate_beside_the_whole_planned_cache_does_no_harm() -> None:
+    method = Method()
+    k, v = method.state(CUSTOM), method.state(CUSTOM)
+    method.inputs()
+    method.update_cache(k)
+    method.update_cache(v)
+    method.delegate("CoreMLBackend", method.custom_sdpa(k, v), method.tensor([1, 16, 2, 8]))
+    state = name_state(method.find())
+    for metadata, is_served in (({"get_n_layers": 1}, True), ({"get_n_layers": 2}, False)):
+        problem = find_problem(method.graph(), state, metadata, path=Path("model.pte"))
+        assert (problem is None) == is_served
+
+
 def test_a_cache_that_is_passed_in_and_out_is_said_to_be_the_callers() -> None:
     problem = find_problem(graph(inputs=(0, 1, 2, 3)), (), {}, path=Path("model.pte"))
     assert "passed in and out" in str(problem)

@@ -36,6 +36,8 @@ def layer(analysis: ProgramAnalysis, number: int) -> list[TensorSpec]:
         ("ring_only", 0, (16, 0), (1, 32, 2, 16), 1),
         ("ring_only", 1, (16, 0), (1, 32, 2, 16), 1),
         ("ring_xnnpack", 1, (16, 0), (1, 32, 2, 16), 1),
+        ("plain_rings_xnnpack", 0, (16, 0), (1, 2, 32, 16), 2),
+        ("plain_rings_xnnpack", 2, (16, 0), (1, 2, 32, 16), 2),
         ("ring_one_token", 1, (16, 0), (1, 32, 2, 16), 1),
         ("plain_ring", 1, (16, 0), (1, 2, 32, 16), 2),
         ("sink", 0, (64, 4), (1, 132, 2, 16), 1),

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from runtime_adapter.quiet import captured_stderr
+from runtime_adapter.quiet import captured_stderr, written_somewhere
 
 RUNTIME_LINE = b"[method.cpp:822] Missing operator: [11] llama::update_cache.out\n"
 
@@ -77,6 +77,13 @@ def test_blocks_of_several_threads_do_not_mix(capfd: pytest.CaptureFixture[str])
         thread.join()
     assert found == {number: f"[a.cpp:1] thread {number}\n" * 20 for number in range(4)}
     assert capfd.readouterr().err == ""
+
+
+def test_a_process_without_stderr_gets_a_place_to_write_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with written_somewhere():
+        assert sys.stderr.write("[a.cpp:1] a line\n")
+    assert sys.stderr is None
 
 
 def test_the_tail_says_what_went_wrong() -> None:

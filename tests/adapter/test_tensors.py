@@ -54,6 +54,24 @@ def test_tensors_of_the_caller_are_stored_and_written_in_place(kind: Any, tmp_pa
         assert not tensor[:, 8:].any()
 
 
+def test_no_more_is_loaded_than_the_caller_says_there_is_room_for(tmp_path: Path) -> None:
+    tokens = list(range(20))
+    with kvstore.open(tmp_path / "s.db") as store:
+        cache = TensorCache.from_tensors(two_tensors(), token_axis=1, fingerprint=MODEL)
+        compute(cache, tokens)
+        store.save_session(cache, tokens, name="chat")
+        small = TensorCache.from_tensors(
+            two_tensors(), token_axis=1, fingerprint=MODEL, capacity_n_tokens=16
+        )
+        hit = store.load_session(small, tokens)
+    assert (hit.n_tokens, hit.reason, small.n_tokens) == (16, MissReason.CAPACITY, 16)
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(InputError, match="capacity_n_tokens"):
+            TensorCache.from_tensors(
+                two_tensors(), token_axis=1, fingerprint=MODEL, capacity_n_tokens=wrong
+            )
+
+
 def test_a_step_may_return_new_tensors(tmp_path: Path) -> None:
     cache = TensorCache.from_tensors(two_tensors(), token_axis=1, fingerprint=MODEL)
     old = cache["layers.0.k"]
