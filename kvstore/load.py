@@ -11,7 +11,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,6 +33,9 @@ from kvstore.match import blob_raw_nbytes
 from kvstore.tokens import TokenIds, common_prefix_n_tokens
 
 _POSITION_TYPECODE = {"int64": "q", "int32": "i"}
+
+_MAX_N_ASKED_SESSIONS = 100
+"""How many shortened sessions are looked at for the reason of a miss: bounds the time."""
 
 _MAX_PENDING_BLOBS = 8
 """How far the reader may run ahead of the decoders: bounds memory."""
@@ -296,7 +299,7 @@ def _wanted(
         if request.ids is None:
             raise TypeError("a load needs token ids or a name")
         return request.ids, None
-    session = sessions.find(connection, namespace=request.namespace, name=request.name)
+    session = sessions.info(connection, namespace=request.namespace, name=request.name)
     if session is None:
         raise SessionNotFoundError(
             f"{database.path}: no session is named {request.name!r}; `kvstore ls` lists them"
@@ -327,13 +330,15 @@ def _explain(
         return reason, f"{plan.matched_n_tokens} tokens match, but {name} was not saved there"
     if plan.space is None:
         return _explain_model(connection, request)
-    for session in sessions.with_less_than_saved(connection, space_id=plan.space.id):
-        saved = sessions.tokens_of(connection, session.id)
-        if common_prefix_n_tokens(saved, plan.ids[:-1]) > n_tokens:
-            return (
-                MissReason.EVICTED,
-                f"session {session.name!r} had more, but its K and V were pruned",
-            )
+    shortened = sessions.with_less_than_saved(
+        connection, space_id=plan.space.id, limit=_MAX_N_ASKED_SESSIONS
+    )
+    for session_id, name in shortened:
+        with suppress(CorruptStoreError):  # the load itself is done
+            saved = sessions.tokens_of(connection, session_id)
+            if common_prefix_n_tokens(saved, plan.ids[:-1]) > n_tokens:
+                reason = MissReason.EVICTED
+                return reason, f"session {name!r} had more, but its K and V were pruned"
     return MissReason.NO_MATCH, f"nothing stored goes on as the prompt does at {n_tokens}"
 
 

@@ -25,7 +25,7 @@ from kvstore.db.chunks import ChunkRow
 from kvstore.db.models import SpaceRow
 from kvstore.db.schema import Database
 from kvstore.db.writing import write_transaction
-from kvstore.errors import SessionConflictError, StoreBusyError
+from kvstore.errors import BudgetError, SessionConflictError, StoreBusyError
 from kvstore.layout import Fingerprint, LiveCache
 from kvstore.match import blob_raw_nbytes
 from kvstore.prefix import Key, full_chunk_keys
@@ -45,6 +45,7 @@ from kvstore.thinning import thin_checkpoints
 _BATCH_NBYTES = 16 << 20
 _BATCH_N_CHUNKS = 8
 _MAX_ATTEMPTS = 5
+_ESTIMATE_MARGIN = 1.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,16 +136,17 @@ def check_name(
     Raises:
         SessionConflictError: the name belongs to another model's session.
     """
-    session = sessions.find(connection, namespace=namespace, name=name)
-    if session is None:
-        return None
-    if session.fingerprint != fingerprint and not replace:
+    session_id = sessions.id_of(connection, namespace=namespace, name=name)
+    if session_id is None or replace:
+        return session_id
+    owner = sessions.fingerprint_of(connection, session_id)
+    if owner != fingerprint:
         raise SessionConflictError(
-            f"the name {name!r} belongs to a session of model {str(session.fingerprint)[:12]}, "
+            f"the name {name!r} belongs to a session of model {str(owner)[:12]}, "
             f"this cache is of model {str(fingerprint)[:12]}; choose another name, or pass "
             "replace=True to write over it"
         )
-    return session.id
+    return session_id
 
 
 class _Saver:
@@ -175,6 +177,7 @@ class _Saver:
         written: list[_Encoded] = []
         encoding = self._encode(batches[0])
         try:
+            self._check_budget(encoding, plan.writes)
             for following in [*batches[1:], None]:
                 # The workers encode the next batch while this one is written.
                 written, encoding = encoding, self._encode(following or [])
@@ -192,15 +195,39 @@ class _Saver:
         with suppress(SQLAlchemyError), write_transaction(self._engine) as connection:
             leases.drop(connection, lease_id)
 
+    def _check_budget(self, first: Sequence[_Encoded], writes: Sequence[Write]) -> None:
+        """Refuse what is far too much before anything is evicted for it.
+
+        Judged by how the first batch was compressed.
+
+        Raises:
+            BudgetError: see there; nothing was written.
+        """
+        max_nbytes = self._request.max_nbytes
+        encoded = [blob.result() for item in first for blob in item.blobs]
+        raw_nbytes = sum(blob.raw_nbytes for blob in encoded)
+        if max_nbytes is None or not raw_nbytes:
+            return
+        stored_nbytes = sum(blob.stored.nbytes for blob in encoded)
+        estimate_nbytes = sum(map(self._raw_nbytes_of, writes)) * stored_nbytes // raw_nbytes
+        if estimate_nbytes > max_nbytes * _ESTIMATE_MARGIN:
+            raise BudgetError(
+                f"expected what a save writes to fit max_bytes ({max_nbytes}), but it would take "
+                f"about {estimate_nbytes} bytes; raise max_bytes, or save fewer tokens"
+            )
+
+    def _raw_nbytes_of(self, write: Write) -> int:
+        tensors = self._request.cache.layout.tensors
+        return sum(
+            blob_raw_nbytes(tensors[part.tensor], part.start, part.stop) for part in write.parts
+        )
+
     def _batches(self, writes: Sequence[Write]) -> Iterator[list[Write]]:
         """Cut the plan into transactions: memory stays bounded, and few syncs are needed."""
-        tensors = self._request.cache.layout.tensors
         batch: list[Write] = []
         batch_nbytes = 0
         for write in writes:
-            write_nbytes = sum(
-                blob_raw_nbytes(tensors[part.tensor], part.start, part.stop) for part in write.parts
-            )
+            write_nbytes = self._raw_nbytes_of(write)
             if batch and (
                 batch_nbytes + write_nbytes > _BATCH_NBYTES or len(batch) == _BATCH_N_CHUNKS
             ):

@@ -245,12 +245,11 @@ class _Planner:
 
     def _is_mine(self, chunk: ChunkRow) -> bool:
         """Whether nothing but the session that is being saved needs this tail."""
-        session = None
+        session_id = None
         if self._request.name is not None:
-            session = sessions.find(
+            session_id = sessions.id_of(
                 self._connection, namespace=self._request.namespace, name=self._request.name
             )
-        session_id = None if session is None else session.id
         return not chunks.is_needed(self._connection, chunk.id, but_session_id=session_id)
 
 

@@ -49,6 +49,7 @@ DEFAULT_CHECKPOINT_N_TOKENS = 2048
 _MAX_NAME_N_CHARACTERS = 1024
 _MAX_CHUNK_N_TOKENS = 65536
 _MAX_BUSY_TIMEOUT_SECONDS = 86_400
+_MAX_AGE_SECONDS = 1e12
 _N_WORKERS = max(2, min(8, os.cpu_count() or 2))
 
 _T = TypeVar("_T")
@@ -218,15 +219,16 @@ class Store:
         self._check_writable()
         with self._call():
             with write_transaction(self._database.engine) as connection:
-                session = sessions.find(
+                session_id = sessions.id_of(
                     connection, namespace=self._namespace, name=_check_name(name)
                 )
-                if session is None:
+                if session_id is None:
                     raise SessionNotFoundError(
-                        f"{self.path}: no session is named {name!r}; `kvstore ls` lists them"
+                        f"{self.path}: no session is named {name!r}{_where(self._namespace)}; "
+                        "`kvstore ls` lists them"
                     )
-                head_id = sessions.head_of(connection, session.id)
-                sessions.delete(connection, session.id)
+                head_id = sessions.head_of(connection, session_id)
+                sessions.delete(connection, session_id)
                 eviction.release(connection, head_id)
                 models.delete_unused(connection)
                 db.shrink(connection)
@@ -455,6 +457,10 @@ def open_store(
     return store
 
 
+def _where(namespace: str) -> str:
+    return f" in namespace {namespace!r}" if namespace else ""
+
+
 def _check_timeout(seconds: Any) -> None:
     if not isinstance(seconds, int | float) or not 0 <= seconds <= _MAX_BUSY_TIMEOUT_SECONDS:
         raise InputError(
@@ -464,7 +470,7 @@ def _check_timeout(seconds: Any) -> None:
 
 
 def _check_age(seconds: Any) -> None:
-    if not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
+    if not isinstance(seconds, int | float) or not 0 <= seconds < _MAX_AGE_SECONDS:
         raise InputError(f"unused_for_seconds: expected 0 seconds or more, found {seconds!r:.80}")
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import kvstore
 from kvstore import MissReason
 from kvstore.db.eviction import ChunkFacts
-from kvstore.errors import BudgetError, InputError
+from kvstore.errors import BudgetError, CorruptStoreError, InputError
 from kvstore.prune import PrunePolicy, plan_prune
 from tests.fakes import BytesCache, layout
 from tests.oracle import computed, load_exact, raw, save
@@ -320,6 +320,38 @@ def test_a_leased_chunk_is_not_pruned_until_the_lease_ends(store, clock):
     clock.now += 6000
     assert store.prune(max_bytes=0, dry_run=True).n_chunks == 2
     assert store.prune(max_bytes=0).n_chunks == 2
+
+
+def test_a_save_that_can_never_fit_evicts_nobody(open_store):
+    store = open_store(chunk_n_tokens=32, max_bytes="700 KB")
+    save_wide(store, range(100), name="a")
+    before = store.stats()
+    with pytest.raises(BudgetError, match="would take about"):
+        save_wide(store, range(1000, 1500), name="too long")
+    assert store.stats() == before
+
+
+def test_a_lease_from_a_time_when_the_clock_was_wrong_ends(store):
+    save(store, range(16))
+    with raw(store.path) as connection:
+        connection.execute(
+            "INSERT INTO leases (chunk_id, expires_at_ms) SELECT max(id), 1 << 60 FROM chunks"
+        )
+    assert store.prune(max_bytes=0).n_chunks == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["parent_id = 999", "base_id = 999", "stored_nbytes = 'x'", "last_used_at_ms = 'x'"],
+)
+def test_a_damaged_row_is_an_error_of_ours_for_a_prune_too(store_path, change):
+    with kvstore.open(store_path, chunk_n_tokens=8) as store:
+        save(store, range(30), name="chat")
+        with raw(store_path) as connection:
+            connection.execute(f"UPDATE chunks SET {change} WHERE id = 2")
+        for dry_run in (True, False):
+            with pytest.raises(CorruptStoreError, match="chunk row 2"):
+                store.prune(max_bytes=0, dry_run=dry_run)
 
 
 def test_the_lease_of_a_save_that_died_keeps_nothing_after_a_delete(store, clock):

@@ -8,6 +8,7 @@ import kvstore
 from kvstore.errors import (
     CacheMismatchError,
     CapacityError,
+    CorruptStoreError,
     InputError,
     MetadataError,
     SessionConflictError,
@@ -429,6 +430,21 @@ def test_a_deleted_session_gives_its_space_back_to_the_file_system(open_store):
     assert store.stats().file_nbytes == store.path.stat().st_size
     wal = store.path.with_name(store.path.name + "-wal")
     assert not wal.exists() or wal.stat().st_size == 0
+
+
+@pytest.mark.parametrize("column", ["metadata", "created_at_ms", "updated_at_ms"])
+def test_a_session_row_that_is_damaged_does_not_stand_in_the_way(store, column):
+    save(store, TOKENS, name="bad")
+    save(store, [*TOKENS[:9], 7], name="good")
+    with raw(store.path) as connection:
+        connection.execute(f"UPDATE sessions SET {column} = x'ff' WHERE name = 'bad'")
+    with pytest.raises(CorruptStoreError, match="session"):
+        store.sessions()
+    assert load_exact(store, name="good").reason is None
+    assert load_exact(store, [*TOKENS[:12], 7]).n_tokens == 12
+    save(store, TOKENS, name="bad")
+    store.delete_session("bad")
+    assert [session.name for session in store.sessions()] == ["good"]
 
 
 def test_a_session_that_is_not_there_cannot_be_deleted(store):

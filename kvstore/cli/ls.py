@@ -11,6 +11,11 @@ from kvstore.cli.options import json_option, open_existing, print_json, store_ar
 from kvstore.quantity import format_nbytes
 
 
+def _shown(character: str) -> str:
+    """What a terminal may be given: control characters would move its cursor."""
+    return character if character.isprintable() else ascii(character)[1:-1]
+
+
 @click.command("ls")
 @store_argument
 @json_option
@@ -50,6 +55,7 @@ def command(path: Path, *, as_json: bool) -> None:
     for session in sessions:
         saved = datetime.fromtimestamp(session.updated_at_ms / 1000, UTC)
         name = f"{session.namespace}/{session.name}" if session.namespace else session.name
+        name = "".join(_shown(character) for character in name)
         rows.append(
             (
                 name,

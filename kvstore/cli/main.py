@@ -16,6 +16,8 @@ import click
 from kvstore.errors import KVStoreError
 
 ENTRY_POINT_GROUP = "kvstore.commands"
+INTERRUPTED_EXIT_CODE = 130
+"""As of a process that SIGINT ended."""
 
 
 class CommandGroup(click.Group):
@@ -51,6 +53,9 @@ class CommandGroup(click.Group):
         except KVStoreError as error:
             click.echo(f"kvstore: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("kvstore: interrupted", err=True)
+            ctx.exit(INTERRUPTED_EXIT_CODE)
 
 
 def _registered(name: str | None = None) -> list[EntryPoint]:
@@ -65,6 +70,6 @@ def main() -> None:
 
     Results go to stdout, everything else to stderr. Every command has --help.
     """
-    # A reader that closed the pipe early (`kvstore ls | head`) is not an error.
+    # A name that the terminal's encoding cannot show is escaped.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")

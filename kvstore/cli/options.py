@@ -37,8 +37,14 @@ def open_existing(path: Path, *, read_only: bool, namespace: str = "") -> kvstor
         StorePathError: there is no file.
         StoreError: it cannot be opened.
     """
-    if not path.exists():
-        raise StorePathError(f"{path}: expected a store, found no file; check the path")
+    try:
+        is_there = path.exists() and (path.is_dir() or path.stat().st_size > 0)
+    except OSError as error:
+        raise StorePathError(f"{path}: cannot be looked at ({error}); check the path") from error
+    if not is_there:
+        raise StorePathError(
+            f"{path}: expected a store, found no file, or an empty one; check the path"
+        )
     return kvstore.open(path, read_only=read_only, namespace=namespace)
 
 

@@ -11,6 +11,7 @@ from kvstore.db import blobs, chunks, leases, models, sessions
 from kvstore.db.tables import chunks as chunk_table
 from kvstore.db.tables import models as model_table
 from kvstore.db.tables import spaces
+from kvstore.errors import CorruptStoreError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,11 @@ class ChunkFacts:
 
 
 def read_facts(connection: sa.Connection) -> list[ChunkFacts]:
-    """The facts of every chunk in the file."""
+    """The facts of every chunk in the file.
+
+    Raises:
+        CorruptStoreError: a row is damaged, or refers to one that is not there.
+    """
     query = sa.select(
         chunk_table.c.id,
         chunk_table.c.parent_id,
@@ -41,7 +46,19 @@ def read_facts(connection: sa.Connection) -> list[ChunkFacts]:
             model_table, model_table.c.id == spaces.c.model_id
         )
     )
-    return [ChunkFacts(**row._mapping) for row in connection.execute(query)]
+    facts = [ChunkFacts(**row._mapping) for row in connection.execute(query)]
+    ids = {chunk.id for chunk in facts}
+    for chunk in facts:
+        if (
+            type(chunk.stored_nbytes) is not int
+            or type(chunk.last_used_at_ms) is not int
+            or not {chunk.parent_id, chunk.base_id} <= {*ids, None}
+        ):
+            raise CorruptStoreError(
+                f"chunk row {chunk.id}: its columns are not possible; run `kvstore verify`, and "
+                "restore a copy of the file"
+            )
+    return facts
 
 
 def evict(connection: sa.Connection, chunk_ids: Iterable[int]) -> None:

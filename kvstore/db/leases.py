@@ -26,7 +26,8 @@ def hold(connection: sa.Connection, lease_id: int | None, chunk_id: int, *, now_
 
 def holding(chunk_id: sa.ColumnElement[int] | int) -> sa.Exists:
     """Whether a save in progress holds that very chunk, as an SQL condition."""
-    is_live = leases.c.expires_at_ms >= clock.now_ms()
+    now_ms = clock.now_ms()
+    is_live = leases.c.expires_at_ms.between(now_ms, now_ms + LEASE_MS)
     return sa.exists().where(leases.c.chunk_id == chunk_id, is_live)
 
 
@@ -36,5 +37,6 @@ def drop(connection: sa.Connection, lease_id: int) -> None:
 
 
 def drop_expired(connection: sa.Connection, *, now_ms: int) -> None:
-    """Forget the leases of saves that never finished."""
-    connection.execute(sa.delete(leases).where(leases.c.expires_at_ms < now_ms))
+    """Forget the leases of saves that never finished, or that began while the clock was wrong."""
+    is_live = leases.c.expires_at_ms.between(now_ms, now_ms + LEASE_MS)
+    connection.execute(sa.delete(leases).where(~is_live))

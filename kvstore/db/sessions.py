@@ -11,10 +11,13 @@ import sqlalchemy as sa
 
 from kvstore.db.engine import insert_row
 from kvstore.db.tables import chunks, models, session_tokens, sessions, spaces
-from kvstore.errors import CorruptStoreError
+from kvstore.errors import CorruptStoreError, InputError
 from kvstore.layout import Fingerprint
 from kvstore.manifest import unpack_metadata
 from kvstore.tokens import TOKEN_NBYTES, TokenIds, from_big_endian, to_big_endian
+
+_MAX_TIME_MS = 1 << 47
+"""Some 4,000 years: what a date can show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,27 +57,64 @@ _INFO = (
 
 
 def _info(row: sa.Row[*tuple[Any, ...]]) -> SessionInfo:
+    """The session, if its columns are what they must be."""
+    texts, numbers = ("name", "namespace"), ("n_tokens", "created_at_ms", "updated_at_ms")
+    if not (
+        all(type(row._mapping[text]) is str for text in texts)
+        and all(type(row._mapping[number]) is int for number in numbers)
+        and all(abs(row._mapping[number]) < _MAX_TIME_MS for number in numbers[1:])
+    ):
+        raise CorruptStoreError(
+            f"session row {row.id}: its columns are not possible; run `kvstore verify`"
+        )
+    try:
+        metadata = unpack_metadata(row.metadata)
+    except CorruptStoreError as error:
+        raise CorruptStoreError(
+            f"session {row.name!r}: {error}; `kvstore rm` deletes it, and a save replaces it"
+        ) from error
     return SessionInfo(
         id=row.id,
         name=row.name,
         namespace=row.namespace,
-        fingerprint=Fingerprint(
-            weights=row.weights_digest, program=row.program_digest, layout=row.layout_digest
-        ),
+        fingerprint=_fingerprint(row),
         n_tokens=row.n_tokens,
         n_stored_tokens=row.n_stored_tokens or 0,
-        metadata=unpack_metadata(row.metadata),
+        metadata=metadata,
         created_at_ms=row.created_at_ms,
         updated_at_ms=row.updated_at_ms,
     )
 
 
-def find(connection: sa.Connection, *, namespace: str, name: str) -> SessionInfo | None:
+def _fingerprint(row: sa.Row[*tuple[Any, ...]]) -> Fingerprint:
+    try:
+        return Fingerprint(
+            weights=row.weights_digest, program=row.program_digest, layout=row.layout_digest
+        )
+    except InputError as error:
+        raise CorruptStoreError(f"session {row.name!r}: {error}") from error
+
+
+def info(connection: sa.Connection, *, namespace: str, name: str) -> SessionInfo | None:
     """The session of that name."""
     row = connection.execute(
         _INFO.where(sessions.c.namespace == namespace, sessions.c.name == name)
     ).one_or_none()
     return None if row is None else _info(row)
+
+
+def id_of(connection: sa.Connection, *, namespace: str, name: str) -> int | None:
+    """The row id of the session of that name, whatever else its row says."""
+    query = sa.select(sessions.c.id).where(
+        sessions.c.namespace == namespace, sessions.c.name == name
+    )
+    session_id: int | None = connection.execute(query).scalar_one_or_none()
+    return session_id
+
+
+def fingerprint_of(connection: sa.Connection, session_id: int) -> Fingerprint:
+    """The fingerprint of the model whose session it is."""
+    return _fingerprint(connection.execute(_INFO.where(sessions.c.id == session_id)).one())
 
 
 def all_in(connection: sa.Connection, *, namespace: str | None) -> list[SessionInfo]:
@@ -83,13 +123,21 @@ def all_in(connection: sa.Connection, *, namespace: str | None) -> list[SessionI
     return [_info(row) for row in connection.execute(query)]
 
 
-def with_less_than_saved(connection: sa.Connection, *, space_id: int) -> list[SessionInfo]:
-    """The space's sessions that an eviction took K and V from."""
-    query = _INFO.where(
-        sessions.c.space_id == space_id,
-        sa.func.coalesce(chunks.c.stop, 0) < sessions.c.n_tokens,
+def with_less_than_saved(
+    connection: sa.Connection, *, space_id: int, limit: int
+) -> list[tuple[int, str]]:
+    """``(row id, name)`` of sessions that an eviction took K and V from, the last saved first."""
+    query = (
+        sa.select(sessions.c.id, sessions.c.name)
+        .select_from(sessions.outerjoin(chunks, chunks.c.id == sessions.c.head_id))
+        .where(
+            sessions.c.space_id == space_id,
+            sa.func.coalesce(chunks.c.stop, 0) < sessions.c.n_tokens,
+        )
+        .order_by(sessions.c.updated_at_ms.desc())
+        .limit(limit)
     )
-    return [_info(row) for row in connection.execute(query)]
+    return [(row.id, row.name) for row in connection.execute(query)]
 
 
 def tokens_of(connection: sa.Connection, session_id: int) -> TokenIds:
