@@ -6,11 +6,12 @@ What is proven: the wheel is built from the sdist alone; it carries migrations,
 schemas and the demo's files; nothing but ``kvstore`` and ``runtime_adapter``
 becomes importable; the command works without torch and starts fast; and the tests of
 what the wheel carries (migrations, schemas, the command) pass against it, far
-from the checkout.
+from the checkout. Then, with the ``executorch`` extra, the demo.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ import time
 import venv
 import zipfile
 from pathlib import Path
+
+import make_env  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"kvstore", "runtime_adapter"}
@@ -157,6 +160,18 @@ def check_tests(sdist: Path, python: Path, cwd: Path) -> None:
     )
 
 
+def check_executorch_extra(python: Path, wheel: Path, cwd: Path) -> None:
+    """With the ``executorch`` extra the same wheel opens and runs a program: the demo."""
+    installer = make_env.Installer(python.parent.parent)
+    make_env.install_torch(installer)  # a CPU build where one can be had
+    installer.pip_install("installing the executorch extra", [f"{wheel}[executorch]"])
+    shown = run(python.parent / "kvstore", "demo", "--json", cwd=cwd, quiet=True)
+    result = json.loads(shown)
+    if not (result["is_same_text"] and result["is_same_bytes"] and result["problem"] is None):
+        raise CheckError(f"the demo from the wheel: {result['problem']}")
+    print(f"kvstore demo: {result['restored']['n_restored_tokens']} tokens restored, all the same")
+
+
 def main() -> int:
     """Run every check; 0 if all hold."""
     with tempfile.TemporaryDirectory(prefix="kvstore-wheel-") as folder:
@@ -173,6 +188,10 @@ def main() -> int:
             check_command(binaries / "kvstore", python, work)
             run(*pip, f"{wheel}[test]", cwd=work, quiet=True)
             check_tests(sdist, python, work)
+            check_executorch_extra(python, wheel, work)
+        except make_env.SetupError as error:
+            print(f"check_wheel: {error}", file=sys.stderr)
+            return 1
         except CheckError as error:
             print(f"check_wheel: {error}", file=sys.stderr)
             return 1

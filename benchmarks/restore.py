@@ -25,7 +25,7 @@ import kvstore
 from runtime_adapter import Model
 from runtime_adapter.commands import demo
 
-LENGTHS = (128, 256, 512, 1024, 1536, 2048)
+LENGTHS = (128, 256, 512, 1024, 1499, 2048)
 
 
 def main() -> None:

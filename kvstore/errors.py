@@ -15,7 +15,8 @@
     |   |-- NotAStoreError          not SQLite, or SQLite that is not ours
     |   |-- SchemaMismatchError     ours, but its schema is not that version's schema
     |   |-- NewerFormatError        written by a newer kvstore
-    |   |-- CorruptStoreError       SQLite reports a damaged file
+    |   |-- CorruptStoreError       the file, or a row in it, is damaged
+    |   |   `-- DecodeError         stored bytes do not decode to what their row says
     |   |-- ReadOnlyStoreError      a write to a store that was opened read-only
     |   |-- DiskFullError           no room left for a write; nothing of it was kept
     |   |-- BudgetError             max_bytes cannot hold what was to be written
@@ -138,9 +139,15 @@ class NewerFormatError(StoreError):
 
 
 class CorruptStoreError(StoreError):
-    """SQLite reports a damaged database file."""
+    """The database file, or a row in it, is damaged."""
 
     exit_code = 35
+
+
+class DecodeError(CorruptStoreError):
+    """Stored bytes do not decode to what their row says."""
+
+    exit_code = 42
 
 
 class ReadOnlyStoreError(StoreError):

@@ -27,7 +27,7 @@ from kvstore.tokens import TOKEN_NBYTES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What a verification looked at, and every problem it found, worst first."""
+    """What a verification looked at, and the problems it found (SQLite's own: the first 20)."""
 
     problems: tuple[str, ...]
     n_models: int

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore import codec
-from kvstore.codec import CODECS, DecodeError, Raw, Zstd
-from kvstore.errors import CorruptStoreError
+from kvstore.codec import CODECS, Raw, Zstd
+from kvstore.errors import CorruptStoreError, DecodeError
 
 EVERY_CODEC = pytest.mark.parametrize("one", CODECS.values(), ids=lambda one: one.name)
 COMPRESSIBLE = b"kv" * 5000

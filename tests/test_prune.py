@@ -323,7 +323,7 @@ def test_a_leased_chunk_is_not_pruned_until_the_lease_ends(store, clock):
 
 
 def test_a_save_that_can_never_fit_evicts_nobody(open_store):
-    store = open_store(chunk_n_tokens=32, max_bytes="700 KB")
+    store = open_store(chunk_n_tokens=32, max_bytes="900 KB")
     save_wide(store, range(100), name="a")
     before = store.stats()
     with pytest.raises(BudgetError, match="would take about"):

@@ -255,7 +255,7 @@ def test_a_newer_file_is_refused_and_left_untouched(saved_path):
     assert saved_path.read_bytes() == before
 
 
-def test_a_newer_file_that_this_version_may_read_opens_read_only(saved_path):
+def test_a_newer_file_whose_known_objects_changed_is_refused(saved_path):
     with raw(saved_path) as connection:
         connection.execute("PRAGMA user_version = 2")
         connection.execute("UPDATE format SET version = 2, min_writer = 2")

@@ -4,9 +4,10 @@ One module a codec. A new one gets the next free tag here and a section in
 ``schemas/FORMAT.md``; tags are never reused.
 """
 
-from kvstore.codec.base import Codec, DecodeError
+from kvstore.codec.base import Codec
 from kvstore.codec.raw import Raw
 from kvstore.codec.zstd import Zstd
+from kvstore.errors import DecodeError
 
 CODECS: dict[int, Codec] = {codec.tag: codec for codec in (Raw(), Zstd())}
 """Every codec that this version can read, by tag."""
@@ -37,4 +38,4 @@ def decode_into(tag: int, stored: memoryview, destination: memoryview) -> None:
     codec.decode_into(stored, destination)
 
 
-__all__ = ["CODECS", "Codec", "DecodeError", "Raw", "Zstd", "decode_into", "encode"]
+__all__ = ["CODECS", "Codec", "Raw", "Zstd", "decode_into", "encode"]

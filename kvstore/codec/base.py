@@ -4,14 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
-from kvstore.errors import CorruptStoreError
-
-
-class DecodeError(CorruptStoreError):
-    """Stored bytes do not decode to what their row says."""
-
-    exit_code = 42
-
 
 class Codec(Protocol):
     """A lossless mapping between a blob's bytes and its stored bytes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvstore.codec.base import DecodeError
+from kvstore.errors import DecodeError
 
 
 @dataclass(frozen=True, slots=True)

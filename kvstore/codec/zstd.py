@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import zstandard
 
-from kvstore.codec.base import DecodeError
+from kvstore.errors import DecodeError
 
 _MAX_WINDOW_NBYTES = 1 << 27
 """A frame that asks for a larger window is refused: its memory would not be bounded."""
