@@ -5,10 +5,10 @@ the same for tensors that the caller holds (``runtime_adapter.huggingface`` for 
 transformers). torch and executorch are imported when they are needed, not before.
 """
 
-from runtime_adapter.cache import PlannedCache
-from runtime_adapter.identity import ModelFingerprint, fingerprint_of
+from runtime_adapter.caches.identity import ModelFingerprint, fingerprint_of
+from runtime_adapter.caches.planned import PlannedCache
+from runtime_adapter.caches.tensors import TensorCache, tensor_spec
 from runtime_adapter.model import Model
-from runtime_adapter.tensors import TensorCache, tensor_spec
 
 __all__ = [
     "Model",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvstore.errors import InputError
-from runtime_adapter.exir import quietly
+from runtime_adapter.pte.exir import quietly
 
 
 def kv_cache_config(**overrides: Any) -> Any:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore import token_ids
 from kvstore.errors import CacheMismatchError, InputError
-from runtime_adapter.identity import ModelFingerprint
-from runtime_adapter.tensors import TensorCache
+from runtime_adapter.caches.identity import ModelFingerprint
+from runtime_adapter.caches.tensors import TensorCache
 
 if TYPE_CHECKING:
     import torch

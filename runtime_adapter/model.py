@@ -23,10 +23,10 @@ from kvstore.errors import (
     TokensError,
 )
 from kvstore.layout import LOGITS_ROLE, Fingerprint, Kind, Layout, TensorSpec
-from runtime_adapter import method as runtime
-from runtime_adapter.analysis import ProgramAnalysis
-from runtime_adapter.cache import PlannedCache
+from runtime_adapter.caches.planned import PlannedCache
 from runtime_adapter.preparation import prepared
+from runtime_adapter.program.analysis import ProgramAnalysis
+from runtime_adapter.runtime import method as runtime
 
 if TYPE_CHECKING:
     import torch

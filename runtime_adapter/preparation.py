@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.errors import InputError, MissingOperatorError, ProgramError
-from runtime_adapter import method as runtime
-from runtime_adapter.analysis import ProgramAnalysis, analyze
-from runtime_adapter.copies import named_copy as cached_copy
-from runtime_adapter.filecache import FileCache, ProgramIdentity
-from runtime_adapter.naming import write_named_copy
-from runtime_adapter.operators import ensure_operators
+from runtime_adapter.program.analysis import ProgramAnalysis, analyze
+from runtime_adapter.program.naming import write_named_copy
+from runtime_adapter.runtime import method as runtime
+from runtime_adapter.runtime.libraries import ensure_operators
+from runtime_adapter.userdir.copies import named_copy as cached_copy
+from runtime_adapter.userdir.filecache import FileCache, ProgramIdentity
 
 log = logging.getLogger("runtime_adapter")
 

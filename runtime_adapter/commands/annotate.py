@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from runtime_adapter.commands.progress import working
-from runtime_adapter.naming import write_named_copy
+from runtime_adapter.program.naming import write_named_copy
 
 
 @click.command("annotate")

@@ -11,9 +11,9 @@ import click
 
 from kvstore.errors import ProgramError
 from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, UNLIMITED_N_TOKENS, Kind, TensorSpec
-from runtime_adapter.analysis import ProgramAnalysis, Survey, survey
 from runtime_adapter.commands.progress import working
-from runtime_adapter.naming import NamedState
+from runtime_adapter.program.analysis import ProgramAnalysis, Survey, survey
+from runtime_adapter.program.naming import NamedState
 
 _HEADINGS = (
     "TENSOR",

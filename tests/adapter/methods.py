@@ -6,9 +6,9 @@ from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
 
-from runtime_adapter.dataflow import Dataflow
-from runtime_adapter.instructions import MethodGraph, read_method
-from runtime_adapter.roles import StateTensor, find_state
+from runtime_adapter.pte.instructions import MethodGraph, read_method
+from runtime_adapter.state.dataflow import Dataflow
+from runtime_adapter.state.roles import StateTensor, find_state
 
 N_SLOTS, N_HEADS, HEAD = 32, 2, 8
 CUSTOM = [1, N_SLOTS, N_HEADS, HEAD]

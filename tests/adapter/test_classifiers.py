@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from kvstore.layout import Kind
-from runtime_adapter.arithmetic import Arithmetic
-from runtime_adapter.classifiers.checkpoint import UNKNOWN_SLOTS
-from runtime_adapter.classifiers.window import WHOLE_RING
-from runtime_adapter.context import is_endless
-from runtime_adapter.dataflow import Dataflow
-from runtime_adapter.roles import StateTensor
+from runtime_adapter.state.arithmetic import Arithmetic
+from runtime_adapter.state.classifiers.checkpoint import UNKNOWN_SLOTS
+from runtime_adapter.state.classifiers.window import WHOLE_RING
+from runtime_adapter.state.dataflow import Dataflow
+from runtime_adapter.state.endless import is_endless
+from runtime_adapter.state.roles import StateTensor
 from tests.adapter.methods import CUSTOM, HEAD, N_HEADS, N_SLOTS, PLAIN, Method
 
 

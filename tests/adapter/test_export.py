@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from kvstore.errors import InputError
-from runtime_adapter.analysis import analyze
 from runtime_adapter.export import kv_cache_config
-from runtime_adapter.instructions import read_method
-from runtime_adapter.program import read_program
+from runtime_adapter.program.analysis import analyze
+from runtime_adapter.pte.file import read_program
+from runtime_adapter.pte.instructions import read_method
 from tests import programs
 
 pytestmark = pytest.mark.adapter

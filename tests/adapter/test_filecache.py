@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from kvstore.errors import InputError, ProgramError
-from runtime_adapter import copies, filecache
-from runtime_adapter.copies import evict_copies, named_copy
-from runtime_adapter.filecache import FileCache, ProgramIdentity, default_directory
+from runtime_adapter.userdir import copies, filecache
+from runtime_adapter.userdir.copies import evict_copies, named_copy
+from runtime_adapter.userdir.filecache import FileCache, ProgramIdentity, default_directory
 
 ANALYSIS = {"method": "forward", "tensors": [1, 2, 3]}
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from runtime_adapter.analysis import analyze
-from runtime_adapter.fingerprint import program_digest, weights_digest
-from runtime_adapter.naming import write_named_copy
-from runtime_adapter.program import read_program
-from runtime_adapter.ptd import data_digest, read_data_file
+from runtime_adapter.program.analysis import analyze
+from runtime_adapter.program.naming import write_named_copy
+from runtime_adapter.pte.file import read_program
+from runtime_adapter.pte.fingerprint import program_digest, weights_digest
+from runtime_adapter.pte.ptd import data_digest, read_data_file
 from tests import programs
 
 pytestmark = pytest.mark.adapter

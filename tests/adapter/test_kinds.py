@@ -19,7 +19,8 @@ import kvstore  # noqa: E402  after the check that they are there
 from kvstore import Kind  # noqa: E402
 from kvstore.errors import ProgramError, RewindError  # noqa: E402
 from kvstore.load import MissReason  # noqa: E402
-from runtime_adapter import Model, method  # noqa: E402
+from runtime_adapter import Model  # noqa: E402
+from runtime_adapter.runtime import method  # noqa: E402
 from tests import programs  # noqa: E402
 from tests.adapter import journey  # noqa: E402
 

@@ -16,8 +16,8 @@ from kvstore.errors import (  # noqa: E402
     ProgramError,
     ProgramSignatureError,
 )
-from runtime_adapter import operators  # noqa: E402
-from runtime_adapter.method import LoadedMethod  # noqa: E402
+from runtime_adapter.runtime import libraries as operators  # noqa: E402
+from runtime_adapter.runtime.method import LoadedMethod  # noqa: E402
 from tests import programs  # noqa: E402
 
 pytestmark = pytest.mark.adapter
@@ -46,7 +46,7 @@ def first_view(method: LoadedMethod) -> Any:
 
 
 def buffer_name() -> str:
-    from runtime_adapter.analysis import analyze
+    from runtime_adapter.program.analysis import analyze
 
     return analyze(programs.path("named")).layout.tensors[0].name
 
@@ -92,8 +92,8 @@ VIEWS_OUTLIVE = """
 import gc, sys
 from pathlib import Path
 import torch
-from runtime_adapter import operators
-from runtime_adapter.method import LoadedMethod
+from runtime_adapter.runtime import libraries as operators
+from runtime_adapter.runtime.method import LoadedMethod
 operators.ensure_operators(["llama::update_cache.out"])
 kept = []
 for _ in range(4):
@@ -124,7 +124,7 @@ WITHOUT_LIBRARY = """
 import sys
 from pathlib import Path
 from kvstore.errors import MissingOperatorError
-from runtime_adapter.method import LoadedMethod
+from runtime_adapter.runtime.method import LoadedMethod
 try:
     LoadedMethod(Path(sys.argv[1]), method="forward")
 except MissingOperatorError as error:
@@ -185,7 +185,7 @@ def test_a_runtime_that_is_not_installed_is_named(run_python: Any) -> None:
     done = run_python(
         "import sys; sys.modules['torch'] = None\n"
         "from kvstore.errors import RuntimeMissingError\n"
-        "from runtime_adapter import method\n"
+        "from runtime_adapter.runtime import method\n"
         "try: method.registered_operators()\n"
         "except RuntimeMissingError as error: print(error)\n"
     )

@@ -25,7 +25,8 @@ from kvstore.errors import (  # noqa: E402
     ProgramError,
     TokensError,
 )
-from runtime_adapter import Model, method  # noqa: E402
+from runtime_adapter import Model  # noqa: E402
+from runtime_adapter.runtime import method  # noqa: E402
 from tests import programs  # noqa: E402
 
 pytestmark = pytest.mark.adapter

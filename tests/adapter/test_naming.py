@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvstore.errors import CorruptProgramError, InputError, NotAProgramError
-from runtime_adapter import naming
-from runtime_adapter.analysis import analyze, survey
-from runtime_adapter.naming import write_named_copy
-from runtime_adapter.program import read_program
+from runtime_adapter.program import naming
+from runtime_adapter.program.analysis import analyze, survey
+from runtime_adapter.program.naming import write_named_copy
+from runtime_adapter.pte.file import read_program
 from tests import programs
 
 pytestmark = pytest.mark.adapter
@@ -161,7 +161,7 @@ def test_a_bad_original_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> 
 
 _ANNOTATE_AND_TELL_MEMORY = """
 import resource, sys
-from runtime_adapter import naming
+from runtime_adapter.program import naming
 if sys.argv[3] == "plain loop":
     import os
     del os.copy_file_range
@@ -198,7 +198,7 @@ def _inflate(source: Path, target: Path, nbytes: int) -> None:
     """A copy with one more, sparse segment of ``nbytes``: valid, large, and cheap on disk."""
     from executorch.exir.schema import DataSegment
 
-    from runtime_adapter.exir import build_flatbuffer
+    from runtime_adapter.pte.exir import build_flatbuffer
 
     file = read_program(source)
     content = source.read_bytes()[file.header.segment_base :]

@@ -7,15 +7,15 @@ import pytest
 pytest.importorskip("executorch")
 
 from kvstore.errors import MissingOperatorError
-from runtime_adapter import operators
-from runtime_adapter.operators import LIBRARIES, OperatorLibrary, ensure_operators
+from runtime_adapter.runtime import libraries as operators
+from runtime_adapter.runtime.libraries import LIBRARIES, OperatorLibrary, ensure_operators
 
 pytestmark = pytest.mark.adapter
 
 LOADING = """
 import sys
-from runtime_adapter import method
-from runtime_adapter.operators import ensure_operators
+from runtime_adapter.runtime import method
+from runtime_adapter.runtime.libraries import ensure_operators
 before = method.registered_operators()
 ensure_operators(sys.argv[1:])
 print(sorted({name.split("::")[0] for name in method.registered_operators() - before}))

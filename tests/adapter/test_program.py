@@ -24,11 +24,11 @@ from kvstore.errors import (
     ProgramSignatureError,
     UnsupportedStateError,
 )
-from runtime_adapter.analysis import ProgramAnalysis, analyze
-from runtime_adapter.instructions import MethodGraph
-from runtime_adapter.naming import name_state
-from runtime_adapter.problems import find_problem
-from runtime_adapter.program import flatbuffer_digest, read_header, read_program
+from runtime_adapter.program.analysis import ProgramAnalysis, analyze
+from runtime_adapter.program.naming import name_state
+from runtime_adapter.program.problems import find_problem
+from runtime_adapter.pte.file import flatbuffer_digest, read_header, read_program
+from runtime_adapter.pte.instructions import MethodGraph
 from tests import programs
 from tests.adapter.methods import Method
 
@@ -336,7 +336,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None
 
 def test_the_flatbuffer_digest_needs_no_exporter() -> None:
     code = (
-        "import sys; from pathlib import Path; from runtime_adapter.program import "
+        "import sys; from pathlib import Path; from runtime_adapter.pte.file import "
         "flatbuffer_digest; print(flatbuffer_digest(Path(sys.argv[1])).hex()); "
         "assert not any(name.split('.')[0] in ('torch', 'executorch') for name in sys.modules)"
     )
@@ -349,7 +349,7 @@ def test_the_flatbuffer_digest_needs_no_exporter() -> None:
 
 @slow
 def test_reading_a_program_prints_nothing() -> None:
-    code = "import sys; from runtime_adapter.analysis import analyze; analyze(sys.argv[1])"
+    code = "import sys; from runtime_adapter.program.analysis import analyze; analyze(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(programs.path("stock_fp32"))],
         cwd=programs.ROOT,

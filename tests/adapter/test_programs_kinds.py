@@ -7,8 +7,8 @@ import json
 import pytest
 
 from kvstore.layout import UNLIMITED_N_TOKENS, Kind, TensorSpec
-from runtime_adapter.analysis import ProgramAnalysis, analyze
-from runtime_adapter.naming import write_named_copy
+from runtime_adapter.program.analysis import ProgramAnalysis, analyze
+from runtime_adapter.program.naming import write_named_copy
 from tests import programs
 
 pytestmark = [pytest.mark.adapter, pytest.mark.slow]

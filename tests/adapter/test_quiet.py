@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from runtime_adapter.quiet import captured_stderr, written_somewhere
+from runtime_adapter.runtime.quiet import captured_stderr, written_somewhere
 
 RUNTIME_LINE = b"[method.cpp:822] Missing operator: [11] llama::update_cache.out\n"
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvstore.errors import CorruptProgramError
-from runtime_adapter.naming import name_state
-from runtime_adapter.roles import StateTensor
+from runtime_adapter.program.naming import name_state
+from runtime_adapter.state.roles import StateTensor
 from tests.adapter.methods import CUSTOM, HEAD, N_HEADS, N_SLOTS, PLAIN, Method, record
 
 

@@ -1,0 +1,302 @@
+"""All that is known about a program without running it; small enough to remember on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvstore.errors import (
+    InputError,
+    ProgramError,
+    ProgramSignatureError,
+)
+from kvstore.layout import UNLIMITED_N_TOKENS, Fingerprint, Kind, Layout, TensorSpec
+from runtime_adapter.program.naming import NamedState, name_state
+from runtime_adapter.program.problems import find_data_problem, find_problem
+from runtime_adapter.program.signature import Signature, read_signature
+from runtime_adapter.pte.file import ProgramFile, read_program, whole_tables
+from runtime_adapter.pte.fingerprint import method_digest, program_digest, weights_digest
+from runtime_adapter.pte.instructions import MethodGraph, read_method
+from runtime_adapter.state.arithmetic import Arithmetic
+from runtime_adapter.state.companions import find_foreign_state, shares_cache
+from runtime_adapter.state.dataflow import Dataflow
+from runtime_adapter.state.endless import is_endless
+from runtime_adapter.state.roles import find_state
+
+Metadata = Mapping[str, int | float | bool | str | None]
+
+_JSON_VERSION = 2
+
+LOGITS = "logits"
+"""Role (and name) of the last token's logits in a layout with recurrent state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramAnalysis:
+    """A program whose cache can be served.
+
+    ``layout`` names each tensor as ``get_attribute`` must be asked for it: the program's
+    own name where it has one, else the name that ``naming.write_named_copy`` gives.
+    ``is_named`` says that the file itself carries all of them. ``metadata`` holds the
+    results of the constant methods (``get_max_context_len`` and so on).
+
+    Where the layout has a checkpoint tensor, its last tensor has the role ``logits``: the
+    last token's logits, float32 ``[vocab]``. It is no attribute of the program;
+    whoever runs the program keeps it. ``is_endless`` says that positions may go past the
+    model's context (an attention sink). ``companions`` are other methods of the same weights over
+    the same cache: loaded from one program object, they share its memory.
+    """
+
+    method: str
+    fingerprint: Fingerprint
+    layout: Layout
+    signature: Signature
+    operators: tuple[str, ...]
+    delegates: tuple[str, ...]
+    metadata: Metadata
+    is_named: bool
+    is_endless: bool = False
+    companions: tuple[str, ...] = ()
+
+    @property
+    def capacity_n_tokens(self) -> int:
+        """Number of tokens that the cache and the model's context have room for."""
+        context = self.metadata.get("get_max_context_len")
+        capacity = self.layout.capacity_n_tokens
+        if self.is_endless or not isinstance(context, int) or context <= 0:
+            return capacity
+        return min(capacity, context)
+
+    def to_json(self) -> dict[str, Any]:
+        """The analysis as plain JSON types; ``from_json`` reads it back."""
+        return {
+            "version": _JSON_VERSION,
+            "method": self.method,
+            "fingerprint": {
+                "weights": self.fingerprint.weights.hex(),
+                "program": self.fingerprint.program.hex(),
+                "layout": self.fingerprint.layout.hex(),
+            },
+            "tensors": [tensor.to_manifest() for tensor in self.layout.tensors],
+            "signature": dataclasses.asdict(self.signature),
+            "operators": list(self.operators),
+            "delegates": list(self.delegates),
+            "metadata": dict(self.metadata),
+            "is_named": self.is_named,
+            "is_endless": self.is_endless,
+            "companions": list(self.companions),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> ProgramAnalysis:
+        """Read what ``to_json`` gave.
+
+        Raises:
+            InputError: it is something else, of another version, or contradicts itself.
+        """
+        try:
+            if data["version"] != _JSON_VERSION:
+                raise InputError(
+                    f"program analysis: expected version {_JSON_VERSION}, "
+                    f"found {data['version']!r}; analyse the program again"
+                )
+            layout = Layout(tensors=tuple(_tensor(item) for item in data["tensors"]))
+            digests = {name: bytes.fromhex(text) for name, text in data["fingerprint"].items()}
+            analysis = cls(
+                method=str(data["method"]),
+                fingerprint=Fingerprint(**digests),
+                layout=layout,
+                signature=Signature(**data["signature"]),
+                operators=tuple(map(str, data["operators"])),
+                delegates=tuple(map(str, data["delegates"])),
+                metadata=dict(data["metadata"]),
+                is_named=bool(data["is_named"]),
+                is_endless=bool(data["is_endless"]),
+                companions=tuple(map(str, data["companions"])),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"program analysis: expected what to_json wrote, found {error!r}; "
+                "analyse the program again"
+            ) from error
+        if layout.digest != analysis.fingerprint.layout:
+            raise InputError(
+                "program analysis: expected a layout with the digest in its fingerprint, "
+                "found another; analyse the program again"
+            )
+        return analysis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What is in a program, servable or not. ``analysis`` is None where ``problem`` is not."""
+
+    path: Path
+    method: str
+    methods: tuple[str, ...]
+    state: tuple[NamedState, ...]
+    signature: Signature | None
+    operators: tuple[str, ...]
+    delegates: tuple[str, ...]
+    metadata: Metadata
+    analysis: ProgramAnalysis | None
+    problem: ProgramError | None
+
+
+def analyze(
+    path: str | Path, *, data_path: str | Path | None = None, method: str = "forward"
+) -> ProgramAnalysis:
+    """Everything that a model needs to know about the program at ``path``.
+
+    Imports the exporter (5 to 9 s) and reads the whole file once for its digest:
+    remember the result.
+
+    Raises:
+        NotAProgramError, CorruptProgramError: the file.
+        ProgramDataError: the ``.ptd`` at ``data_path``.
+        NoPersistentStateError, DelegatedCacheError, UnsupportedStateError: the cache.
+        ProgramSignatureError: there is no such method, or it is not called with tokens
+            and a position.
+        RuntimeMissingError: ExecuTorch is not installed.
+    """
+    found = survey(path, data_path=data_path, method=method)
+    if found.problem is not None:
+        raise found.problem
+    if found.analysis is None:
+        raise ProgramError(f"{path}: expected an analysis or a reason, found neither; report this")
+    return found.analysis
+
+
+def survey(
+    path: str | Path, *, data_path: str | Path | None = None, method: str = "forward"
+) -> Survey:
+    """What is in the program at ``path``, even where it cannot be served.
+
+    Raises:
+        NotAProgramError, CorruptProgramError, ProgramDataError, RuntimeMissingError:
+            as ``analyze``; ProgramSignatureError only if there is no such method.
+    """
+    file = read_program(Path(path))
+    with whole_tables(file.path):
+        graphs, metadata = _read_methods(file, method)
+        graph = graphs[method]
+        flow = Dataflow(graph)
+        state = name_state(find_state(flow))
+        others = [Dataflow(other) for name, other in graphs.items() if name != method]
+        digest = program_digest(file.program)
+        weights_of = {
+            plan.name: method_digest(plan, file.program)
+            for plan in file.program.execution_plan
+            if plan.name in graphs
+        }
+    signature: Signature | None = None
+    problem = find_problem(graph, state, metadata, path=file.path)
+    problem = problem or find_foreign_state(flow, others, path=file.path)
+    try:
+        signature = read_signature(flow)
+    except ProgramSignatureError as error:
+        problem = problem or ProgramSignatureError(f"{file.path}: {error}")
+    analysis = None
+    data = Path(data_path) if data_path is not None else None
+    problem = problem or find_data_problem(graph, path=file.path, data_path=data)
+    if problem is None and signature is not None:
+        layout = _layout(state, vocab_size=signature.vocab_size)
+        analysis = ProgramAnalysis(
+            method=method,
+            fingerprint=Fingerprint(
+                weights=weights_digest(
+                    file,
+                    data_path=data,
+                    method=weights_of[method] if len(weights_of) > 1 else None,
+                ),
+                program=digest,
+                layout=layout.digest,
+            ),
+            layout=layout,
+            signature=signature,
+            operators=graph.operators,
+            delegates=tuple(dict.fromkeys(graph.delegates)),
+            metadata=metadata,
+            is_named=all(item.is_own_name for item in state),
+            # Full tensors end anyway.
+            is_endless=layout.capacity_n_tokens == UNLIMITED_N_TOKENS
+            and is_endless(Arithmetic(flow)),
+            companions=tuple(
+                other.graph.name
+                for other in others
+                if shares_cache(flow, other) and weights_of[other.graph.name] == weights_of[method]
+            ),
+        )
+    return Survey(
+        path=file.path,
+        method=method,
+        methods=tuple(graphs),
+        state=state,
+        signature=signature,
+        operators=graph.operators,
+        delegates=tuple(dict.fromkeys(graph.delegates)),
+        metadata=metadata,
+        analysis=analysis,
+        problem=problem,
+    )
+
+
+def _read_methods(file: ProgramFile, method: str) -> tuple[dict[str, MethodGraph], Metadata]:
+    """The methods by name, and the results of those that only give a constant."""
+    metadata: dict[str, int | float | bool | str | None] = {}
+    graphs: dict[str, MethodGraph] = {}
+    for plan in file.program.execution_plan:
+        graph = read_method(plan, source=str(file.path), read_constant=file.read_constant)
+        if not graph.steps and not graph.inputs and len(graph.outputs) == 1:
+            metadata[graph.name] = graph.scalars.get(graph.outputs[0])
+        else:
+            graphs[graph.name] = graph
+    if method not in graphs:
+        raise ProgramSignatureError(
+            f"{file.path}: expected a method {method!r}, found {', '.join(graphs) or 'none'}; "
+            "choose one of these with method="
+        )
+    return graphs, metadata
+
+
+def _layout(state: tuple[NamedState, ...], *, vocab_size: int) -> Layout:
+    """The layout of a method's state, with the last logits behind a recurrent one.
+
+    A checkpoint is good at one length only, so that the last token cannot be run
+    again for its logits.
+    """
+    tensors = [spec for item in state if (spec := item.spec) is not None]
+    if any(spec.kind is Kind.CHECKPOINT for spec in tensors):
+        taken = {spec.name for spec in tensors}
+        name = LOGITS
+        while name in taken:
+            name += "_"
+        tensors.append(
+            TensorSpec(
+                name=name,
+                role=LOGITS,
+                layer=0,
+                kind=Kind.CHECKPOINT,
+                dtype="float32",
+                shape=(vocab_size,),
+                token_axis=None,
+            )
+        )
+    return Layout(tensors=tuple(tensors))
+
+
+def _tensor(item: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(
+        name=item["name"],
+        role=item["role"],
+        layer=item["layer"],
+        kind=Kind(item["kind"]),
+        dtype=item["dtype"],
+        shape=tuple(item["shape"]),
+        token_axis=item["token_axis"],
+        window_n_tokens=item.get("window_n_tokens", 0),
+        sink_n_tokens=item.get("sink_n_tokens", 0),
+    )

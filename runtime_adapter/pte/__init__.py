@@ -1,0 +1,1 @@
+"""The file: a ``.pte`` (and its ``.ptd``) as values: parsed, checked, digested, never run."""

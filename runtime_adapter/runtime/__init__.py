@@ -1,0 +1,1 @@
+"""ExecuTorch's runtime: the only room that touches its Python binding and loads its libraries."""

@@ -1,0 +1,1 @@
+"""The user's cache directory: remembered analyses, and named copies of programs."""
