@@ -25,7 +25,7 @@
     |   `-- ClosedStoreError        used after close()
     |-- SessionError
     |   |-- SessionNotFoundError    no session has that name
-    |   `-- SessionConflictError    the name belongs to another model's session
+    |   `-- SessionConflictError    the name is another model's, or was changed meanwhile
     `-- ProgramError                an ExecuTorch program
         |-- NotAProgramError        the file is not a .pte
         |-- CorruptProgramError     truncated or damaged
@@ -199,7 +199,7 @@ class SessionNotFoundError(SessionError):
 
 
 class SessionConflictError(SessionError):
-    """The name belongs to another model's session."""
+    """The name belongs to another model's session, or another process changed it meanwhile."""
 
     exit_code = 52
 

@@ -24,6 +24,7 @@ from kvstore.blob import decode_blob
 from kvstore.db import blobs, models, sessions
 from kvstore.db import engine as db
 from kvstore.db.schema import Database
+from kvstore.db.sessions import Revision
 from kvstore.db.vendor import vendor_errors
 from kvstore.errors import CorruptStoreError, SessionNotFoundError, StoreError
 from kvstore.kinds.positions import slot_positions
@@ -112,10 +113,11 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A load's result, and the chunk row to mark as used."""
+    """A load's result, the chunk row to mark as used, and the named session as it was."""
 
     result: LoadResult
     used_chunk_id: int | None
+    revision: Revision | None
 
 
 def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
@@ -128,7 +130,7 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
     began = time.perf_counter()
     cache = request.cache
     with db.read_transaction(database.engine) as connection:
-        ids, metadata = _wanted(connection, request, database)
+        ids, metadata, revision = _wanted(connection, request, database)
         space = models.find_space(
             connection,
             cache.fingerprint,
@@ -167,7 +169,11 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
             stored_nbytes=outcome.stored_nbytes,
             seconds=time.perf_counter() - began,
         )
-    return Loaded(result=result, used_chunk_id=None if serving is None else serving.id)
+    return Loaded(
+        result=result,
+        used_chunk_id=None if serving is None else serving.id,
+        revision=revision,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,12 +299,12 @@ def _all_settled(pending: Sequence[Future[int]]) -> Iterator[None]:
 
 def _wanted(
     connection: sa.Connection, request: LoadRequest, database: Database
-) -> tuple[TokenIds, dict[str, Any] | None]:
-    """The token ids to restore, and the metadata that comes with a name."""
+) -> tuple[TokenIds, dict[str, Any] | None, Revision | None]:
+    """The token ids to restore; the metadata and the revision that come with a name."""
     if request.name is None:
         if request.ids is None:
             raise TypeError("a load needs token ids or a name")
-        return request.ids, None
+        return request.ids, None, None
     session = sessions.info(connection, namespace=request.namespace, name=request.name)
     if session is None:
         raise SessionNotFoundError(
@@ -310,7 +316,7 @@ def _wanted(
             f"{database.path}: session {request.name!r} should have {session.n_tokens} token ids, "
             f"found {len(ids)}; run `kvstore verify`, and restore a copy of the file"
         )
-    return ids, session.metadata
+    return ids, session.metadata, sessions.revision_of(connection, session.id)
 
 
 def _explain(

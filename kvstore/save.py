@@ -24,9 +24,10 @@ from kvstore.db.blobs import NewBlob
 from kvstore.db.chunks import ChunkRow
 from kvstore.db.models import SpaceRow
 from kvstore.db.schema import Database
+from kvstore.db.sessions import Revision
 from kvstore.db.writing import write_transaction
 from kvstore.errors import BudgetError, SessionConflictError, StoreBusyError
-from kvstore.layout import Fingerprint, LiveCache
+from kvstore.layout import LiveCache
 from kvstore.match import blob_raw_nbytes
 from kvstore.prefix import Key, full_chunk_keys
 from kvstore.prune import keep_budget, make_room
@@ -68,6 +69,14 @@ class SaveResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A save's result, and the named session as it is now."""
+
+    result: SaveResult
+    revision: Revision | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Encoded:
     """A planned write with its blobs on the way."""
 
@@ -86,11 +95,12 @@ class _Damaged(Exception):  # noqa: N818  # control flow, never leaves this modu
         self.key = key
 
 
-def save(database: Database, request: SaveRequest, workers: Executor) -> SaveResult:
+def save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
     """Store ``request.ids`` and publish the session; all of it or nothing of the name.
 
     Raises:
-        SessionConflictError: the name belongs to another model's session.
+        SessionConflictError: the name belongs to another model's session, or another process
+            changed it since it was seen.
         BudgetError, DiskFullError, StoreBusyError: see ``kvstore.errors``;
             chunks already written stay as cache, the session is unchanged.
     """
@@ -112,7 +122,7 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> SaveRes
             f"{database.path}: other processes kept deleting, or building on, what this save "
             "is to write; try again"
         )
-    return SaveResult(
+    result = SaveResult(
         name=request.name,
         n_tokens=len(request.ids),
         n_new_tokens=saver.n_new_tokens,
@@ -121,30 +131,30 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> SaveRes
         stored_nbytes=saver.stored_nbytes,
         seconds=time.perf_counter() - began,
     )
+    return Saved(result=result, revision=saver.revision)
 
 
-def check_name(
-    connection: sa.Connection,
-    *,
-    namespace: str,
-    name: str,
-    fingerprint: Fingerprint,
-    replace: bool,
-) -> int | None:
+def _check_name(connection: sa.Connection, request: SaveRequest, name: str) -> int | None:
     """The row id of the session that may be written over, or None if the name is free.
 
     Raises:
-        SessionConflictError: the name belongs to another model's session.
+        SessionConflictError: the name belongs to another model's session, or another process
+            changed it since it was seen.
     """
-    session_id = sessions.id_of(connection, namespace=namespace, name=name)
-    if session_id is None or replace:
+    session_id = sessions.id_of(connection, namespace=request.namespace, name=name)
+    if session_id is None or request.replace:
         return session_id
-    owner = sessions.fingerprint_of(connection, session_id)
+    owner, fingerprint = sessions.fingerprint_of(connection, session_id), request.cache.fingerprint
     if owner != fingerprint:
         raise SessionConflictError(
             f"the name {name!r} belongs to a session of model {str(owner)[:12]}, "
             f"this cache is of model {str(fingerprint)[:12]}; choose another name, or pass "
             "replace=True to write over it"
+        )
+    if request.seen is not None and request.seen != sessions.revision_of(connection, session_id):
+        raise SessionConflictError(
+            f"session {name!r} was saved by another process since it was loaded or saved here; "
+            "load it again, save under another name, or pass replace=True to write over it"
         )
     return session_id
 
@@ -162,6 +172,7 @@ class _Saver:
         self._workers = workers
         self._lease_id: int | None = None
         self._superseded: list[int] = []
+        self.revision: Revision | None = None
         self.n_new_tokens = 0
         self.raw_nbytes = 0
         self.stored_nbytes = 0
@@ -262,13 +273,7 @@ class _Saver:
             with write_transaction(self._engine) as connection:
                 session_id = None
                 if request.name is not None:
-                    session_id = check_name(
-                        connection,
-                        namespace=request.namespace,
-                        name=request.name,
-                        fingerprint=request.cache.fingerprint,
-                        replace=request.replace,
-                    )
+                    session_id = _check_name(connection, request, request.name)
                 needed = _needed(batch, tip)
                 for chunk in needed:
                     _check_unchanged(connection, chunk)
@@ -410,7 +415,7 @@ class _Saver:
             former_head_id = (
                 None if session_id is None else sessions.head_of(connection, session_id)
             )
-            sessions.put(
+            session_id = sessions.put(
                 connection,
                 session_id=session_id,
                 namespace=request.namespace,
@@ -422,6 +427,7 @@ class _Saver:
                 metadata=request.metadata,
                 now_ms=now,
             )
+            self.revision = sessions.revision_of(connection, session_id)
             if former_head_id not in (None, head_id):
                 self._thin(connection, space, former_head_id, head_id)
                 eviction.release(connection, former_head_id)

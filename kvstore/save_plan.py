@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from kvstore.db import blobs, chunks, sessions
 from kvstore.db.chunks import ChunkRow
+from kvstore.db.sessions import Revision
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import Kind, LiveCache
@@ -29,7 +30,10 @@ MIN_BORROWED_N_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRequest:
-    """A checked call of ``save_session``."""
+    """A checked call of ``save_session``.
+
+    ``seen`` is the named session as its caller last saw it, or None.
+    """
 
     cache: LiveCache
     ids: TokenIds
@@ -40,6 +44,7 @@ class SaveRequest:
     chunk_n_tokens: int
     max_nbytes: int | None
     checkpoint_n_tokens: int
+    seen: Revision | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

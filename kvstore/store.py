@@ -20,7 +20,7 @@ from kvstore import verify as verifying
 from kvstore.db import chunks, eviction, models, sessions
 from kvstore.db import engine as db
 from kvstore.db.schema import Database, open_database
-from kvstore.db.sessions import SessionInfo
+from kvstore.db.sessions import Revision, SessionInfo
 from kvstore.db.stats import StoreStats, read_stats
 from kvstore.db.vendor import vendor_errors
 from kvstore.db.writing import write_transaction
@@ -83,8 +83,9 @@ class Store:
         self._workers = ThreadPoolExecutor(_N_WORKERS, thread_name_prefix="kvstore")
         self._used_chunk_ids: set[int] = set()
         self._damaged_at: dict[Fingerprint, int] = {}
+        self._seen: dict[str, Revision] = {}
         self._n_calls = 0
-        self._lock = threading.Lock()  # guards the three above and _closed
+        self._lock = threading.Lock()  # guards the four above and _closed
         self._idle = threading.Condition(self._lock)  # notified when a call ends
 
     @property
@@ -124,8 +125,8 @@ class Store:
             CapacityError: more tokens than the cache has room for.
             CacheMismatchError: the cache holds fewer tokens, or other ones.
             TaintedCacheError: the cache was changed by hand.
-            SessionConflictError: ``name`` belongs to another model's session,
-                and ``replace`` is False.
+            SessionConflictError: ``name`` belongs to another model's session, or another
+                process saved it since this store loaded or saved it; and ``replace`` is False.
             BudgetError: ``max_bytes`` cannot hold it.
             StoreError: the file cannot be written (full disk, read-only, busy).
         """
@@ -148,12 +149,14 @@ class Store:
             chunk_n_tokens=self._chunk_n_tokens,
             max_nbytes=self._max_nbytes,
             checkpoint_n_tokens=self._checkpoint_n_tokens,
+            seen=None if name is None else self._seen.get(name),
         )
         with self._call():
             self._drop_damaged(request)
-            result = saving.save(self._database, request, self._workers)
+            saved = saving.save(self._database, request, self._workers)
+            self._remember(name, saved.revision)
             self._flush_used()
-        return result
+        return saved.result
 
     def load_session(
         self,
@@ -190,6 +193,7 @@ class Store:
         )
         with self._call():
             loaded = loading.load(self._database, request, self._workers)
+            self._remember(name, loaded.revision)
         with self._lock:
             if loaded.used_chunk_id is not None:
                 self._used_chunk_ids.add(loaded.used_chunk_id)
@@ -355,6 +359,12 @@ class Store:
             raise ReadOnlyStoreError(
                 f"{self.path}: the store is open read-only; open it where it may be written"
             )
+
+    def _remember(self, name: str | None, revision: Revision | None) -> None:
+        """What this store last saw of a session: a save goes on from there, or is refused."""
+        if name is not None and revision is not None:
+            with self._lock:
+                self._seen[name] = revision
 
     def _drop_damaged(self, request: SaveRequest) -> None:
         """Make room for what a load of this model found damaged to be written again."""

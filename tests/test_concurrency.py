@@ -20,7 +20,7 @@ TOKENS = list(range(100, 130))
 WORKER = """
 import random, sys
 import kvstore
-from kvstore.errors import SessionNotFoundError
+from kvstore.errors import SessionConflictError, SessionNotFoundError
 from tests.fakes import BytesCache, layout
 from tests.oracle import assert_exact
 
@@ -36,7 +36,10 @@ with kvstore.open(path, chunk_n_tokens=8) as store:
         if action < 0.5:
             cache.compute(tokens)
             name = choose.choice([None, f"own-{seed}", f"shared-{choose.randrange(3)}"])
-            store.save_session(cache, tokens, name=name)
+            try:
+                store.save_session(cache, tokens, name=name, replace=choose.random() < 0.5)
+            except SessionConflictError:
+                assert name.startswith("shared-")
         elif action < 0.8:
             result = store.load_session(cache, tokens)
             assert_exact(cache, tokens[: result.n_tokens])

@@ -432,6 +432,33 @@ def test_a_deleted_session_gives_its_space_back_to_the_file_system(open_store):
     assert not wal.exists() or wal.stat().st_size == 0
 
 
+def test_a_session_that_another_process_saved_meanwhile_is_not_written_over(store, open_store):
+    other = open_store(chunk_n_tokens=8)
+    mine, theirs = computed(TOKENS[:10]), computed(TOKENS[:10])
+    store.save_session(mine, mine.tokens, name="chat")
+    other.load_session(theirs, name="chat")
+    theirs.compute(TOKENS[len(theirs.tokens) : 20])
+    other.save_session(theirs, theirs.tokens, name="chat", metadata={"by": "other"})
+    mine.compute([1, 2, 3])
+    for _ in range(2):
+        with pytest.raises(SessionConflictError, match="saved by another process"):
+            store.save_session(mine, mine.tokens, name="chat")
+    assert load_exact(store, name="chat").metadata == {"by": "other"}  # seen now
+    store.save_session(mine, mine.tokens, name="chat", metadata={"by": "me"})
+    with pytest.raises(SessionConflictError):
+        other.save_session(theirs, theirs.tokens, name="chat")
+    other.save_session(theirs, theirs.tokens, name="chat", replace=True)
+    other.save_session(theirs, theirs.tokens, name="chat")
+    assert load_exact(other, name="chat").n_requested == 20
+
+
+def test_eviction_is_no_change_of_a_session(store, open_store):
+    save(store, TOKENS, name="chat")
+    open_store(chunk_n_tokens=8).prune(max_bytes=0)
+    save(store, TOKENS, name="chat")
+    assert load_exact(store, name="chat").reason is None
+
+
 @pytest.mark.parametrize("column", ["metadata", "created_at_ms", "updated_at_ms"])
 def test_a_session_row_that_is_damaged_does_not_stand_in_the_way(store, column):
     save(store, TOKENS, name="bad")
@@ -442,7 +469,7 @@ def test_a_session_row_that_is_damaged_does_not_stand_in_the_way(store, column):
         store.sessions()
     assert load_exact(store, name="good").reason is None
     assert load_exact(store, [*TOKENS[:12], 7]).n_tokens == 12
-    save(store, TOKENS, name="bad")
+    save(store, TOKENS, name="bad", replace=True)
     store.delete_session("bad")
     assert [session.name for session in store.sessions()] == ["good"]
 

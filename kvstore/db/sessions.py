@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
@@ -112,6 +112,17 @@ def id_of(connection: sa.Connection, *, namespace: str, name: str) -> int | None
     return session_id
 
 
+Revision: TypeAlias = tuple[int, int, int]
+"""What changes with every save of a session: its row id, time of update and length."""
+
+
+def revision_of(connection: sa.Connection, session_id: int) -> Revision:
+    """The session's revision now."""
+    query = sa.select(sessions.c.id, sessions.c.updated_at_ms, sessions.c.n_tokens)
+    found: Revision = tuple(connection.execute(query.where(sessions.c.id == session_id)).one())
+    return found
+
+
 def fingerprint_of(connection: sa.Connection, session_id: int) -> Fingerprint:
     """The fingerprint of the model whose session it is."""
     return _fingerprint(connection.execute(_INFO.where(sessions.c.id == session_id)).one())
@@ -202,9 +213,11 @@ def put(
         "head_id": head_id,
         "n_tokens": len(ids),
         "metadata": metadata,
-        "updated_at_ms": now_ms,
+        # Later than before, also within a millisecond: it is what tells two saves apart.
+        "updated_at_ms": sa.func.max(now_ms, sessions.c.updated_at_ms + 1),
     }
     if session_id is None:
+        values["updated_at_ms"] = now_ms
         session_id = insert_row(
             connection, sessions, namespace=namespace, name=name, created_at_ms=now_ms, **values
         )
