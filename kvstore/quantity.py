@@ -52,6 +52,11 @@ def parse_age_seconds(age: str) -> float:
     return seconds
 
 
+def format_count(number: int, noun: str) -> str:
+    """``number`` and its noun, in the plural where there is not exactly one."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def format_nbytes(nbytes: int) -> str:
     """``nbytes`` for people, in binary units with three digits: ``8.85 MiB``."""
     size = float(nbytes)

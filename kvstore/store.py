@@ -50,6 +50,10 @@ _MAX_NAME_N_CHARACTERS = 1024
 _MAX_CHUNK_N_TOKENS = 65536
 _MAX_BUSY_TIMEOUT_SECONDS = 86_400
 _MAX_AGE_SECONDS = 1e12
+_CACHE_MEMBERS = (
+    *("fingerprint", "layout", "tokens", "held", "capacity_n_tokens", "taint"),
+    *("buffer", "truncate", "adopt"),
+)
 _N_WORKERS = max(2, min(8, os.cpu_count() or 2))
 
 _T = TypeVar("_T")
@@ -509,6 +513,12 @@ def _check_text(text: Any, *, what: str) -> str:
 
 
 def _check_cache(cache: LiveCache) -> None:
+    lacking = [name for name in _CACHE_MEMBERS if not hasattr(cache, name)]
+    if lacking:
+        raise InputError(
+            f"expected a live cache such as model.cache, found {type(cache).__name__} without "
+            f"{', '.join(lacking)}; see kvstore.LiveCache"
+        )
     if cache.fingerprint.layout != cache.layout.digest:
         raise CacheMismatchError(
             "the cache's layout is not the one in its fingerprint; make the fingerprint from it"

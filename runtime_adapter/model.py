@@ -7,6 +7,7 @@ none, loads the operator libraries, and hands out the live cache.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -276,7 +277,11 @@ def _check_vocabulary(ids: Sequence[int], *, vocab_size: int) -> None:
 
 
 def _check_start(start: int, *, n_tokens: int) -> None:
-    if isinstance(start, bool) or not isinstance(start, int):
+    try:
+        is_number = not isinstance(start, bool) and operator.index(start) == start
+    except TypeError:
+        is_number = False
+    if not is_number:
         raise PositionError(f"forward: expected a whole number as start, found {start!r}")
     if start != n_tokens:
         step = (

@@ -62,6 +62,8 @@ def prepared(
     cache_dir: str | os.PathLike[str] | None,
 ) -> Iterator[PreparedProgram]:
     """Make ``path`` ready to load inside the block; arguments and errors as ``Model.open``."""
+    if not isinstance(method, str):
+        raise InputError(f"method: expected a method's name, found {type(method).__name__}")
     program = _path("path", path)
     data = None if data_path is None else _path("data_path", data_path)
     files = FileCache(None if cache_dir is None else _path("cache_dir", cache_dir))
@@ -84,9 +86,12 @@ def prepared(
 
 def _path(what: str, value: str | os.PathLike[str]) -> Path:
     try:
-        return Path(value)
+        path = Path(value)
     except TypeError as error:
         raise InputError(f"{what}: expected a path, found {type(value).__name__}") from error
+    if "\0" in str(path) or not os.fspath(value):
+        raise InputError(f"{what}: expected a path, found {value!r}")
+    return path
 
 
 def _identity(path: Path, *, data_path: Path | None) -> ProgramIdentity | None:

@@ -249,3 +249,34 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error(filled):
     )
     assert "Traceback" not in process.stderr
     assert process.stdout.startswith("NAME")
+
+
+def test_an_option_that_cannot_be_read_is_named(filled):
+    for option, text in (("--max-bytes", "much"), ("--older-than", "long")):
+        result = CliRunner().invoke(main, ["prune", str(filled), option, text])
+        assert result.exit_code == InputError.exit_code
+        assert f"{option}: expected" in result.stderr
+
+
+def test_an_empty_file_is_no_store_and_stays_empty(store_path):
+    store_path.write_bytes(b"")
+    for command in ("ls", "verify", "rm"):
+        arguments = [command, str(store_path), *(["name"] if command == "rm" else [])]
+        assert CliRunner().invoke(main, arguments).exit_code == StorePathError.exit_code
+    assert store_path.read_bytes() == b""
+
+
+def test_an_interrupt_has_its_own_exit_code(filled, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kvstore.Store, "verify", interrupted)
+    assert CliRunner().invoke(main, ["verify", str(filled)]).exit_code == 130
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(store_path):
+    with kvstore.open(store_path) as store:
+        save(store, TOKENS, name="a\x1b[2Jb\nc")
+    shown = CliRunner().invoke(main, ["ls", str(store_path)]).stdout
+    assert "\x1b" not in shown
+    assert r"a\x1b[2Jb\nc" in shown

@@ -316,6 +316,17 @@ def test_a_store_opened_read_only_reads_and_refuses_to_write(saved_path):
     assert saved_path.read_bytes() == before
 
 
+@pytest.mark.parametrize("thing", [None, object(), {}, [1, 2]])
+def test_what_is_no_live_cache_is_refused(saved_path, thing):
+    with kvstore.open(saved_path, chunk_n_tokens=8) as store:
+        for call in (
+            lambda: store.load_session(thing, [1]),
+            lambda: store.save_session(thing, [1]),
+        ):
+            with pytest.raises(InputError, match="expected a live cache"):
+                call()
+
+
 def test_a_missing_file_is_not_made_by_a_read_only_open(store_path):
     with pytest.raises(StorePathError, match="found no file"):
         kvstore.open(store_path, read_only=True)

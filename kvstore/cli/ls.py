@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from kvstore.cli.options import json_option, open_existing, print_json, store_argument
-from kvstore.quantity import format_nbytes
+from kvstore.quantity import format_count, format_nbytes
 
 
 def _shown(character: str) -> str:
@@ -72,7 +72,7 @@ def command(path: Path, *, as_json: bool) -> None:
             f"{n_stored:>{widths[3]}}  {saved_at}"
         )
     click.echo(
-        f"{len(sessions)} sessions, {stats.n_chunks} chunks, "
+        f"{format_count(len(sessions), 'session')}, {format_count(stats.n_chunks, 'chunk')}, "
         f"{format_nbytes(stats.stored_nbytes)} of K and V in a file of "
         f"{format_nbytes(stats.file_nbytes)}",
         err=True,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
@@ -14,7 +16,18 @@ from kvstore.cli.options import (
     print_json,
     store_argument,
 )
-from kvstore.quantity import format_nbytes, parse_age_seconds
+from kvstore.errors import InputError
+from kvstore.quantity import format_count, format_nbytes, parse_age_seconds, parse_nbytes
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _option(name: str, parse: Callable[[str], _Number], text: str | None) -> _Number | None:
+    """``text`` parsed; an error names the option."""
+    try:
+        return None if text is None else parse(text)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 @click.command("prune")
@@ -40,10 +53,12 @@ def command(
     """
     if max_bytes is None and older_than is None and model is None:
         raise click.UsageError("say what may go: --max-bytes, --older-than or --model")
+    max_nbytes = _option("--max-bytes", parse_nbytes, max_bytes)
+    unused_for_seconds = _option("--older-than", parse_age_seconds, older_than)
     with open_existing(path, read_only=dry_run) as store:
         result = store.prune(
-            max_bytes=max_bytes,
-            unused_for_seconds=None if older_than is None else parse_age_seconds(older_than),
+            max_bytes=max_nbytes,
+            unused_for_seconds=unused_for_seconds,
             model=None if model is None else find_model(store, model),
             dry_run=dry_run,
         )
@@ -51,8 +66,12 @@ def command(
         print_json({"path": str(path), **asdict(result)})
         return
     verb = "would delete" if dry_run else "deleted"
+    freed = format_nbytes(result.freed_nbytes)
+    before, after = (
+        format_nbytes(result.file_nbytes_before),
+        format_nbytes(result.file_nbytes_after),
+    )
     click.echo(
-        f"{verb} {result.n_chunks} chunks, {format_nbytes(result.freed_nbytes)} of K and V; "
-        f"the file {'would go' if dry_run else 'went'} from "
-        f"{format_nbytes(result.file_nbytes_before)} to {format_nbytes(result.file_nbytes_after)}"
+        f"{verb} {format_count(result.n_chunks, 'chunk')}, {freed} of K and V; "
+        f"the file {'would go' if dry_run else 'went'} from {before} to {after}"
     )

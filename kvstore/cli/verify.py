@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from kvstore.cli.options import json_option, open_existing, print_json, store_argument
-from kvstore.quantity import format_nbytes
+from kvstore.quantity import format_count, format_nbytes
 
 
 @click.command("verify")
@@ -27,11 +27,18 @@ def command(ctx: click.Context, path: Path, *, as_json: bool) -> None:
     else:
         for problem in report.problems:
             click.echo(problem)
-        summary = "ok" if report.ok else f"{len(report.problems)} problems"
+        summary = "ok" if report.ok else format_count(len(report.problems), "problem")
         click.echo(
-            f"{path}: {summary} ({report.n_models} models, {report.n_sessions} sessions, "
-            f"{report.n_chunks} chunks, {report.n_blobs} blobs, "
+            f"{path}: {summary} ({format_count(report.n_models, 'model')}, "
+            f"{format_count(report.n_sessions, 'session')}, "
+            f"{format_count(report.n_chunks, 'chunk')}, {format_count(report.n_blobs, 'blob')}, "
             f"{format_nbytes(report.raw_nbytes)} decoded)",
             err=not report.ok,
         )
+        if not report.ok:
+            click.echo(
+                "what is damaged is never restored: a save of the same tokens writes its chunks "
+                "anew, a copy of the file brings back the rest",
+                err=True,
+            )
     ctx.exit(0 if report.ok else 1)

@@ -52,20 +52,27 @@ def as_store_error(error: BaseException | None, path: Path) -> StoreError:
             )
         case sqlite3.SQLITE_NOTADB:
             return NotAStoreError(
-                f"{path}: expected a kvstore file, found something that is not SQLite"
+                f"{path}: expected a kvstore file, found something that is not SQLite; "
+                "check the path"
             )
         case sqlite3.SQLITE_CORRUPT:
             return CorruptStoreError(
                 f"{path}: the database file is damaged ({error}); restore a copy of it"
             )
         case sqlite3.SQLITE_READONLY:
-            return ReadOnlyStoreError(f"{path}: expected a writable file, but it is read-only")
+            return ReadOnlyStoreError(
+                f"{path}: expected a writable file, but it is read-only; change its permissions, "
+                "or open it with read_only=True"
+            )
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
             return StorePathError(
                 f"{path}: cannot be opened ({error}); check that it and its folder "
                 "may be read and written"
             )
         case sqlite3.SQLITE_IOERR:
-            return StoreError(f"{path}: the file system failed ({error}); nothing was half-written")
+            return StoreError(
+                f"{path}: the file system failed ({error}); nothing was half-written. "
+                "Check the disk, then try again"
+            )
         case _:
             return StoreError(f"{path}: {error}")

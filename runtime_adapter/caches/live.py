@@ -204,10 +204,12 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
             )
         view = self._logits_view()
         if view is not None:
-            if logits is None or logits.shape != view.shape:
+            # An array of numpy's or a list has no copy_: only a tensor is taken.
+            if not hasattr(logits, "copy_") or logits is None or logits.shape != view.shape:
+                found = getattr(logits, "shape", None)
                 raise InputError(
-                    f"extend: expected the last token's logits {list(view.shape)}, found "
-                    f"{None if logits is None else list(logits.shape)}"
+                    f"extend: expected the last token's logits, a tensor {list(view.shape)}, "
+                    f"found {type(logits).__name__}{'' if found is None else f' {list(found)}'}"
                 )
             view.copy_(logits)
         self._log.extend(tokens)

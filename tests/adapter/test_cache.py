@@ -194,9 +194,9 @@ def test_a_ring_has_the_programs_own_limit() -> None:
 def test_logits_are_held_from_the_first_token_to_the_last() -> None:
     cache, views = wrap([spec("k"), checkpoint("state"), checkpoint("logits", (5,))])
     assert cache.logits is None
-    with pytest.raises(InputError, match=r"logits \[5\], found None"):
+    with pytest.raises(InputError, match=r"a tensor \[5\], found NoneType"):
         cache.extend([1])
-    with pytest.raises(InputError, match=r"logits \[5\], found \[4\]"):
+    with pytest.raises(InputError, match=r"a tensor \[5\], found Tensor \[4\]"):
         cache.extend([1], logits=torch.zeros(4))
     assert cache.tokens == ()
     cache.extend([1], logits=torch.arange(5.0))
