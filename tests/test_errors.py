@@ -22,6 +22,7 @@ from kvstore.errors import (
     StoreError,
     StorePathError,
 )
+from tests.conftest import ROOT
 
 PATH = Path("sessions.db")
 
@@ -133,3 +134,10 @@ def test_our_own_errors_pass_as_they_are():
     with pytest.raises(CorruptStoreError) as caught, vendor_errors(PATH):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.checkout
+def test_every_exit_code_is_in_the_commands_documentation(every_error):
+    documented = (ROOT / "docs" / "command.md").read_text(encoding="utf-8")
+    for error in every_error:
+        assert f"| {error.exit_code} | `{error.__name__}` |" in documented
