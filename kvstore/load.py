@@ -27,13 +27,13 @@ from kvstore.db.schema import Database
 from kvstore.db.sessions import Revision
 from kvstore.db.vendor import vendor_errors
 from kvstore.errors import CorruptStoreError, SessionNotFoundError, StoreError
-from kvstore.kinds.positions import slot_positions
-from kvstore.layout import Kind, LiveCache
+from kvstore.kinds import kind_of
+from kvstore.layout import LiveCache
 from kvstore.load_plan import LoadItem, LoadPlan, LoadStep, plan_load
 from kvstore.match import blob_raw_nbytes
 from kvstore.tokens import TokenIds, common_prefix_n_tokens
 
-_POSITION_TYPECODE = {"int64": "q", "int32": "i"}
+_INTEGER_TYPECODES = {"int64": "q", "int32": "i"}
 
 _MAX_N_ASKED_SESSIONS = 100
 """How many shortened sessions are looked at for the reason of a miss: bounds the time."""
@@ -216,7 +216,7 @@ class _Restore:
                     if cache.layout.is_full:
                         valid_n_tokens = step.stop
             if plan.n_tokens > plan.kept_n_tokens:
-                self.slot_positions(plan.n_tokens)
+                self.derive(plan.n_tokens)
                 valid_n_tokens = plan.n_tokens
         except StoreError as error:
             failure = str(error)
@@ -255,11 +255,12 @@ class _Restore:
         self._raw_nbytes += pending[0].result()
         pending.popleft()
 
-    def slot_positions(self, n_tokens: int) -> None:
-        """Write which position each slot of each ring holds now."""
+    def derive(self, n_tokens: int) -> None:
+        """Write what follows from the length alone, such as the position in each slot of a ring."""
         for tensor, spec in enumerate(self._cache.layout.tensors):
-            if spec.kind is Kind.POSITIONS:
-                content = array(_POSITION_TYPECODE[spec.dtype], slot_positions(spec, n_tokens))
+            elements = kind_of(spec).derived(spec, n_tokens)
+            if elements is not None:
+                content = array(_INTEGER_TYPECODES[spec.dtype], elements)
                 self._cache.buffer(tensor)[:] = memoryview(content).cast("B")
 
 
@@ -330,10 +331,9 @@ def _explain(
     if outcome.failure is not None:
         return MissReason.CORRUPT, outcome.failure
     if plan.limited_by is not None:
-        kind = request.cache.layout.tensors[plan.limited_by].kind
-        reason = MissReason.WINDOW_GONE if kind is Kind.WINDOW else MissReason.NO_CHECKPOINT
-        name = request.cache.layout.tensors[plan.limited_by].name
-        return reason, f"{plan.matched_n_tokens} tokens match, but {name} was not saved there"
+        spec = request.cache.layout.tensors[plan.limited_by]
+        detail = f"{plan.matched_n_tokens} tokens match, but {spec.name} was not saved there"
+        return MissReason(kind_of(spec).miss_reason or MissReason.NO_MATCH), detail
     if plan.space is None:
         return _explain_model(connection, request)
     shortened = sessions.with_less_than_saved(

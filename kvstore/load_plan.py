@@ -87,12 +87,7 @@ def plan_load(
             ]
     except CorruptStoreError as error:
         damage = str(error)  # what came before it can still serve
-    live = [
-        clip(kind_of(spec).resident(spec, cache.held), 0, kept)
-        if kept == cache.held.n_tokens or spec.kind is not Kind.CHECKPOINT
-        else []
-        for spec in layout.tensors
-    ]
+    live = [clip(kind_of(spec).resident(spec, cache.held), 0, kept) for spec in layout.tensors]
     available = [
         union([*live[tensor], *_stored(found, tensor)]) for tensor in range(len(layout.tensors))
     ]
@@ -151,7 +146,7 @@ def _servable(
             servable = kind_of(spec).servable(spec, available[tensor], n_tokens)
             if servable < n_tokens:
                 n_tokens, settled = servable, False
-                if spec.kind is not Kind.FULL:
+                if kind_of(spec).miss_reason is not None:
                     limited_by = tensor
     return n_tokens, limited_by
 

@@ -14,7 +14,7 @@ from kvstore.db.chunks import ChunkRow
 from kvstore.db.models import SpaceRow
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
-from kvstore.layout import Kind, Layout, TensorSpec
+from kvstore.layout import Layout, TensorSpec
 from kvstore.prefix import chunk_key, full_chunk_keys
 from kvstore.ranges import Range, n_positions, union
 from kvstore.tokens import TokenIds, common_prefix_n_tokens
@@ -169,7 +169,7 @@ def piece_blobs(connection: sa.Connection, piece: Piece, layout: Layout) -> Sequ
         seen[row.tensor].append((row.start, row.stop))
     for tensor, ranges in seen.items():
         spec = layout.tensors[tensor]
-        if spec.kind is Kind.FULL and ranges != [(start, stop)]:
+        if kind_of(spec).is_whole and ranges != [(start, stop)]:
             raise CorruptStoreError(
                 f"{where}, {spec.name}: expected one blob of tokens [{start}, {stop}), "
                 f"found {ranges}"

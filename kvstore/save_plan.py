@@ -17,7 +17,7 @@ from kvstore.db.chunks import ChunkRow
 from kvstore.db.sessions import Revision
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
-from kvstore.layout import Kind, LiveCache
+from kvstore.layout import LiveCache
 from kvstore.match import ChunkMatch, is_genuine, pieces
 from kvstore.prefix import Key, chunk_key, root_key
 from kvstore.ranges import Range, clip, subtract
@@ -166,7 +166,7 @@ class _Planner:
         must_borrow = base is not None and self._has_gone(base, start + base_n_tokens)
         if base is not None and base_n_tokens == base.n_tokens and self._is_mine(base):
             superseded_id = base.id
-            must_borrow = self._has_gone(base, base.stop, Kind.WINDOW) or keeps_checkpoint(
+            must_borrow = self._has_gone(base, base.stop, but_thinned=True) or keeps_checkpoint(
                 self._connection,
                 self._layout,
                 base,
@@ -201,10 +201,10 @@ class _Planner:
             return chunks.neighbours(self._connection, parent_key, ids)
         return []
 
-    def _has_gone(self, base: ChunkRow, stop: int, *kinds: Kind) -> bool:
+    def _has_gone(self, base: ChunkRow, stop: int, *, but_thinned: bool = False) -> bool:
         """Whether ``base`` has, before ``stop``, what a ring or state of the cache lost since.
 
-        ``kinds`` limits the question to some kinds of tensors.
+        With ``but_thinned``, what a growing session thins out anyway does not count.
         """
         if self._layout.is_full:
             return False
@@ -213,7 +213,7 @@ class _Planner:
             for piece in pieces(self._connection, ChunkMatch(chunk=base, stop=stop))
             for row in blobs.of_chunk(self._connection, piece.owner.id)
             if row.start < piece.stop
-            and (not kinds or self._layout.tensors[row.tensor].kind in kinds)
+            and not (but_thinned and kind_of(self._layout.tensors[row.tensor]).is_thinned)
         )
 
     def _fill_ins(self, match: ChunkMatch) -> list[Write]:
@@ -222,7 +222,7 @@ class _Planner:
             return []  # a full tensor's blobs were written with their chunk
         found: list[Write] = []
         for piece in pieces(self._connection, match):
-            wanted = self._parts(piece.start, piece.stop, but_full=True)
+            wanted = self._parts(piece.start, piece.stop, but_whole=True)
             if not wanted:
                 continue
             stored: dict[int, list[Range]] = {}
@@ -237,14 +237,14 @@ class _Planner:
                 found.append(FillIn(chunk=piece.owner, parts=lacking))
         return found
 
-    def _parts(self, start: int, stop: int, *, but_full: bool = False) -> tuple[Part, ...]:
+    def _parts(self, start: int, stop: int, *, but_whole: bool = False) -> tuple[Part, ...]:
         """The blobs that the live cache can give for ``[start, stop)``."""
         if start >= stop:
             return ()
         return tuple(
             Part(tensor=tensor, start=first, stop=last)
             for tensor, spec in enumerate(self._layout.tensors)
-            if not (but_full and spec.kind is Kind.FULL)
+            if not (but_whole and kind_of(spec).is_whole)
             for first, last in clip(self._resident[tensor], start, stop)
         )
 

@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from kvstore.db import blobs, chunks
 from kvstore.db.blobs import BlobRow
 from kvstore.db.chunks import ChunkRow
-from kvstore.layout import Kind, Layout
+from kvstore.kinds import kind_of
+from kvstore.layout import Layout
 from kvstore.match import ChunkMatch, pieces
 
 
@@ -61,7 +62,7 @@ def _interval(
 
     Goes back to the start of the interval that ``position`` lies in.
     """
-    tensors = {tensor for tensor, spec in enumerate(layout.tensors) if spec.kind is Kind.CHECKPOINT}
+    tensors = {tensor for tensor, spec in enumerate(layout.tensors) if kind_of(spec).is_thinned}
     if not tensors:
         return []
     start = position // checkpoint_n_tokens * checkpoint_n_tokens

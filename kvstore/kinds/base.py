@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from kvstore.layout import Held, TensorSpec
 from kvstore.ranges import Range
@@ -19,6 +19,15 @@ class Run:
 
 class StateKind(Protocol):
     """The arithmetic of one kind."""
+
+    is_whole: ClassVar[bool]
+    """A chunk has all of its own range, in one blob that is written with it."""
+
+    is_thinned: ClassVar[bool]
+    """A growing session drops most of what it saved on the way."""
+
+    miss_reason: ClassVar[str | None]
+    """Why fewer tokens can be served than match, if it is this kind that limits them."""
 
     def resident(self, spec: TensorSpec, held: Held) -> list[Range]:
         """The positions whose content the live tensor has now."""
@@ -38,6 +47,10 @@ class StateKind(Protocol):
 
     def runs(self, spec: TensorSpec, start: int, stop: int) -> list[Run]:
         """Where positions ``[start, stop)`` lie, in position order."""
+        ...
+
+    def derived(self, spec: TensorSpec, n_tokens: int) -> list[int] | None:
+        """The tensor's elements after a restore, if they follow from the length; else None."""
         ...
 
     def can_truncate(self, spec: TensorSpec, held: Held, n_tokens: int) -> bool:

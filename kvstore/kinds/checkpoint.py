@@ -6,6 +6,8 @@ is stored as ``[n - 1, n)``. The last logits are one more such tensor.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from kvstore.kinds.base import Run
 from kvstore.layout import Held, TensorSpec
 from kvstore.ranges import Range
@@ -13,6 +15,10 @@ from kvstore.ranges import Range
 
 class Checkpoint:
     """The whole tensor, at one length."""
+
+    is_whole: ClassVar[bool] = False
+    is_thinned: ClassVar[bool] = True
+    miss_reason: ClassVar[str | None] = "no_checkpoint"
 
     def resident(self, spec: TensorSpec, held: Held) -> list[Range]:  # noqa: ARG002
         """The state after the last token."""
@@ -36,6 +42,10 @@ class Checkpoint:
     def runs(self, spec: TensorSpec, start: int, stop: int) -> list[Run]:  # noqa: ARG002
         """The whole tensor."""
         return [Run(slot=0, n_slots=1)]
+
+    def derived(self, spec: TensorSpec, n_tokens: int) -> list[int] | None:  # noqa: ARG002
+        """Nothing follows from the length."""
+        return None
 
     def can_truncate(self, spec: TensorSpec, held: Held, n_tokens: int) -> bool:  # noqa: ARG002
         """Only to nothing: a recurrence cannot be undone."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from kvstore.kinds.base import Run
 from kvstore.layout import Held, TensorSpec
 from kvstore.ranges import Range, union
@@ -9,6 +11,10 @@ from kvstore.ranges import Range, union
 
 class Full:
     """Position ``p`` lies in slot ``p``."""
+
+    is_whole: ClassVar[bool] = True
+    is_thinned: ClassVar[bool] = False
+    miss_reason: ClassVar[str | None] = None
 
     def resident(self, spec: TensorSpec, held: Held) -> list[Range]:  # noqa: ARG002
         """All that the cache holds."""
@@ -31,6 +37,10 @@ class Full:
     def runs(self, spec: TensorSpec, start: int, stop: int) -> list[Run]:  # noqa: ARG002
         """One run."""
         return [Run(slot=start, n_slots=stop - start)]
+
+    def derived(self, spec: TensorSpec, n_tokens: int) -> list[int] | None:  # noqa: ARG002
+        """Nothing follows from the length."""
+        return None
 
     def can_truncate(self, spec: TensorSpec, held: Held, n_tokens: int) -> bool:  # noqa: ARG002
         """Always."""

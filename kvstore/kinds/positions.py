@@ -6,6 +6,8 @@ What a slot holds follows from the cache's length, so a restore writes it anew.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from kvstore.kinds.base import Run
 from kvstore.kinds.window import Window
 from kvstore.layout import Held, TensorSpec
@@ -17,6 +19,10 @@ EMPTY = -1
 
 class Positions:
     """Nothing to read, nothing required; slots are a ring's."""
+
+    is_whole: ClassVar[bool] = False
+    is_thinned: ClassVar[bool] = False
+    miss_reason: ClassVar[str | None] = None
 
     def resident(self, spec: TensorSpec, held: Held) -> list[Range]:  # noqa: ARG002
         """Nothing to store."""
@@ -37,6 +43,10 @@ class Positions:
     def runs(self, spec: TensorSpec, start: int, stop: int) -> list[Run]:
         """The slots of the ring that it describes."""
         return Window().runs(spec, start, stop)
+
+    def derived(self, spec: TensorSpec, n_tokens: int) -> list[int] | None:
+        """The position in each slot, or ``EMPTY``."""
+        return slot_positions(spec, n_tokens)
 
     def can_truncate(self, spec: TensorSpec, held: Held, n_tokens: int) -> bool:
         """As the ring can."""

@@ -9,6 +9,8 @@ capacity less the sink. A query at position ``q`` sees the sink and ``(q - windo
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from kvstore.kinds.base import Run
 from kvstore.kinds.full import Full
 from kvstore.layout import Held, TensorSpec
@@ -17,6 +19,10 @@ from kvstore.ranges import Range, intersect, subtract, union
 
 class Window:
     """A ring behind a sink (of 0 tokens for a plain sliding window)."""
+
+    is_whole: ClassVar[bool] = False
+    is_thinned: ClassVar[bool] = False
+    miss_reason: ClassVar[str | None] = "window_gone"
 
     def resident(self, spec: TensorSpec, held: Held) -> list[Range]:
         """The sink, and what the ring has not overwritten.
@@ -71,6 +77,10 @@ class Window:
             found.append(Run(slot=sink + offset, n_slots=n_slots))
             start += n_slots
         return found
+
+    def derived(self, spec: TensorSpec, n_tokens: int) -> list[int] | None:  # noqa: ARG002
+        """Nothing follows from the length."""
+        return None
 
     def can_truncate(self, spec: TensorSpec, held: Held, n_tokens: int) -> bool:
         """While the ring still has the window that the shorter cache needs."""
