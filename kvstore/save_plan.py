@@ -25,7 +25,11 @@ from kvstore.thinning import keeps_checkpoint
 from kvstore.tokens import TokenIds, common_prefix_n_tokens
 
 MIN_BORROWED_N_TOKENS = 16
-"""Fewer common tokens than this are stored again rather than borrowed from a sibling."""
+"""Fewer common tokens than this are stored again rather than borrowed from a sibling.
+
+Not where there are rings or checkpoints: what one save has of them must lie on the path
+of every prompt that shares the tokens.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +182,8 @@ class _Planner:
                 base, base_n_tokens = None, 0
         while base is not None and base_n_tokens <= base.base_n_tokens and base.base_id is not None:
             base = chunks.by_id(self._connection, base.base_id)  # what we share is not base's own
-        if base is None or (base_n_tokens < MIN_BORROWED_N_TOKENS and not must_borrow):
+        is_worth_it = base_n_tokens >= MIN_BORROWED_N_TOKENS or not self._layout.is_full
+        if base is None or not (is_worth_it or must_borrow):
             base, base_n_tokens = None, 0
         new = NewChunk(
             key=key,

@@ -268,3 +268,19 @@ def test_thinned_bytes_are_not_counted_any_more(open_store):
 def test_an_interval_that_is_no_positive_number_is_refused(open_store, interval):
     with pytest.raises(InputError, match="checkpoint_n_tokens: expected"):
         open_store(checkpoint_n_tokens=interval)
+
+
+@pytest.mark.parametrize("n_shared", [1, 2, 7])
+@pytest.mark.parametrize("long_first", [False, True])
+def test_a_state_after_few_shared_tokens_serves_every_prompt_with_them(store, n_shared, long_first):
+    """However short: it lies on the path of both sessions, whichever was saved first."""
+    long, short = computed(50), computed(n_shared)
+    for cache in (long, short) if long_first else (short, long):
+        store.save_session(cache, cache.tokens)
+    load(
+        store,
+        TracedCache(HYBRID),
+        [*TOKENS[: n_shared + 1], 1],
+        n_shared,
+        MissReason.NO_CHECKPOINT,
+    )
