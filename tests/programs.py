@@ -184,6 +184,9 @@ SPECS: dict[str, Spec] = {
     "lora": Spec(maker="lora", since=(1, 5)),
     # From Hugging Face's model and its own exporter.
     "huggingface": Spec(maker="huggingface", since=(1, 5)),
+    # A delegate owns the cache, or that of one layer.
+    "owned": Spec(maker="owned", options=("kv_cache",), since=(1, 5)),
+    "half_owned": Spec(maker="owned", options=("layers.1.attention.kv_cache",), since=(1, 5)),
     # No state at all.
     "no_cache": Spec(maker="no_cache"),
 }
@@ -537,6 +540,28 @@ def _make_model(name: str, spec: Spec, work: Path) -> Path:
     return _lower(method, ExecutorchBackendConfig(), constants, work / "program.pte")
 
 
+def _make_owned(spec: Spec, work: Path) -> Path:
+    """Delegated whole; the buffers named in ``options`` go to the delegate too."""
+    from executorch.exir import (
+        EdgeCompileConfig,
+        ExecutorchBackendConfig,
+        to_edge_transform_and_lower,
+    )
+
+    from tests.owning_backend import OwningPartitioner
+
+    edge = to_edge_transform_and_lower(
+        _exported(_model(spec), n_tokens=2, max_n_tokens=spec.max_seq - 1),
+        partitioner=[OwningPartitioner(*spec.options)],
+        constant_methods=_constants(spec),
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+    )
+    target = work / "program.pte"
+    with target.open("wb") as stream:
+        edge.to_executorch(ExecutorchBackendConfig()).write_to_file(stream)
+    return target
+
+
 def _make_no_cache(spec: Spec, work: Path) -> Path:
     """The same model, computing everything anew at every call."""
     import torch
@@ -559,6 +584,7 @@ _MAKERS = {
     "turboquant": functools.partial(_make_model, "TurboQuant"),
     "lora": _make_lora,
     "huggingface": _make_huggingface,
+    "owned": _make_owned,
     "no_cache": _make_no_cache,
 }
 

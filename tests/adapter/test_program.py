@@ -24,7 +24,8 @@ from kvstore.errors import (
     ProgramSignatureError,
     UnsupportedStateError,
 )
-from runtime_adapter.program.analysis import ProgramAnalysis, analyze
+from runtime_adapter import Model
+from runtime_adapter.program.analysis import ProgramAnalysis, analyze, survey
 from runtime_adapter.program.naming import name_state
 from runtime_adapter.program.problems import find_problem
 from runtime_adapter.pte.file import flatbuffer_digest, read_header, read_program
@@ -160,6 +161,18 @@ def test_a_cache_that_is_not_in_planned_memory_is_blamed_on_the_delegate_that_ca
 ) -> None:
     problem = find_problem(graph(delegates=delegates), (), metadata, path=Path("model.pte"))
     assert type(problem) is error
+
+
+@slow
+@pytest.mark.parametrize("name", ["owned", "half_owned"])
+def test_an_exported_program_whose_delegate_took_buffers_over_is_refused(name: str) -> None:
+    found = survey(programs.path(name))
+    assert isinstance(found.problem, DelegatedCacheError)
+    assert "QnnBackend" in str(found.problem)
+    assert "export again" in str(found.problem)
+    assert bool(found.state) == (name == "half_owned")
+    with pytest.raises(DelegatedCacheError):
+        Model.open(programs.path(name))
 
 
 def test_a_delegate_that_owns_the_cache_is_named_with_what_to_change() -> None:
