@@ -59,6 +59,10 @@ class Kind(StrEnum):
     """Opaque state that is good at exactly the length it was computed for."""
 
 
+RESET_KINDS = frozenset({Kind.POSITIONS, Kind.CHECKPOINT})
+"""What a model reads at its first step; slots of other kinds are masked until written."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
     """One persistent tensor of a cache.

@@ -23,7 +23,7 @@ from kvstore.errors import (
     ProgramSignatureError,
     TokensError,
 )
-from kvstore.layout import LOGITS_ROLE, Fingerprint, Kind, Layout, TensorSpec
+from kvstore.layout import LOGITS_ROLE, Fingerprint, Layout, TensorSpec
 from runtime_adapter.caches.planned import PlannedCache
 from runtime_adapter.preparation import prepared
 from runtime_adapter.program.analysis import ProgramAnalysis
@@ -251,7 +251,7 @@ def _piece_n_tokens(layout: Layout, limit_n_tokens: int) -> int:
     what that token does not see any more.
     """
     for spec in layout.tensors:
-        if spec.kind is Kind.WINDOW:
+        if spec.window_n_tokens:
             ring_n_slots = spec.capacity_n_tokens - spec.sink_n_tokens
             spare_n_slots = ring_n_slots - spec.window_n_tokens
             # No spare slot: the program's window is not known, or it makes do without.

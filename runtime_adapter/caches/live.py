@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING
 
 from kvstore import TokenLog
 from kvstore.errors import CapacityError, InputError
-from kvstore.layout import LOGITS_ROLE, Fingerprint, Held, Kind, Layout
+from kvstore.layout import LOGITS_ROLE, RESET_KINDS, Fingerprint, Held, Layout
 
 if TYPE_CHECKING:
     import torch
-
-_RESET_KINDS = frozenset({Kind.POSITIONS, Kind.CHECKPOINT})
-"""What a model reads at its first step; slots of other kinds are masked until written."""
 
 
 class LiveTensors(Mapping[str, "torch.Tensor"]):
@@ -90,7 +87,7 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
         self._initial = {
             spec.name: view.clone() if bool(view.any()) else None
             for spec, view in zip(layout.tensors, views, strict=True)
-            if spec.kind in _RESET_KINDS
+            if spec.kind in RESET_KINDS
         }
         self._log = TokenLog(layout)
         self._snapshot: tuple[int, ...] | None = ()

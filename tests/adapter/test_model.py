@@ -13,6 +13,8 @@ pytest.importorskip("executorch")
 
 import numpy as np  # noqa: E402
 
+import kvstore  # noqa: E402
+from kvstore import MissReason  # noqa: E402
 from kvstore.errors import (  # noqa: E402
     CapacityError,
     ClosedModelError,
@@ -224,6 +226,25 @@ def test_after_a_failure_the_cache_holds_the_pieces_that_were_done(
     resumed = model.forward(tokens[held:], start=held)
     model.cache.truncate(0)
     assert torch.equal(model.forward(tokens, start=0), resumed)
+
+
+def test_two_programs_of_the_same_file_name_are_two_models(tmp_path: Path) -> None:
+    """Also one after the other at the same place: a name says nothing."""
+    tokens = prompt(30)
+    paths = [tmp_path / folder / "model.pte" for folder in ("a", "b")]
+    for path, name in zip(paths, ("stock_fp32", "one_token"), strict=True):
+        path.parent.mkdir()
+        shutil.copy(programs.path(name), path)
+    with kvstore.open(tmp_path / "s.db") as store:
+        with Model.open(paths[0]) as one, Model.open(paths[1]) as other:
+            assert one.layout.digest == other.layout.digest
+            one.forward(tokens, start=0)
+            store.save_session(one.cache, tokens, name="chat")
+            hit = store.load_session(other.cache, tokens)
+            assert (hit.n_tokens, hit.reason) == (0, MissReason.OTHER_MODEL)
+        shutil.copy(paths[1], paths[0])
+        with Model.open(paths[0]) as replaced:
+            assert store.load_session(replaced.cache, tokens).reason is MissReason.OTHER_MODEL
 
 
 def test_files_that_are_no_programs_are_refused(tmp_path: Path) -> None:
