@@ -17,7 +17,7 @@ from kvstore.errors import InputError, MissingOperatorError, ProgramError
 from runtime_adapter.program.analysis import ProgramAnalysis, analyze
 from runtime_adapter.program.naming import write_named_copy
 from runtime_adapter.runtime import method as runtime
-from runtime_adapter.runtime.libraries import ensure_operators
+from runtime_adapter.runtime.libraries import ensure_operators, operator_schema
 from runtime_adapter.userdir.copies import named_copy as cached_copy
 from runtime_adapter.userdir.filecache import FileCache, ProgramIdentity
 
@@ -112,7 +112,7 @@ def _analysis_of(
         if remembered is not None:
             with contextlib.suppress(InputError):  # written by another version
                 return ProgramAnalysis.from_json(remembered), identity
-    analysis = analyze(path, data_path=data_path, method=method)
+    analysis = analyze(path, data_path=data_path, method=method, schema_of=operator_schema)
     if identity is not None and identity == _identity(path, data_path=data_path):
         files.remember(identity, method=method, analysis=analysis.to_json())
     return analysis, identity

@@ -14,6 +14,7 @@ from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, UNLIMITED_N_TOKENS, Kind, Tens
 from runtime_adapter.commands.progress import working
 from runtime_adapter.program.analysis import ProgramAnalysis, Survey, survey
 from runtime_adapter.program.naming import NamedState
+from runtime_adapter.runtime.libraries import operator_schema
 
 _HEADINGS = (
     "TENSOR",
@@ -49,7 +50,7 @@ def inspect(program: Path, *, data_path: Path | None, method: str, as_json: bool
     printed all the same.
     """
     with working("reading the program"):
-        found = survey(program, data_path=data_path, method=method)
+        found = survey(program, data_path=data_path, method=method, schema_of=operator_schema)
     if as_json:
         click.echo(json.dumps(_as_json(found), indent=2))
     else:

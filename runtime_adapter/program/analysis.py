@@ -17,6 +17,7 @@ from kvstore.layout import UNLIMITED_N_TOKENS, Fingerprint, Kind, Layout, Tensor
 from runtime_adapter.program.naming import NamedState, name_state
 from runtime_adapter.program.problems import find_data_problem, find_problem
 from runtime_adapter.program.signature import Signature, read_signature
+from runtime_adapter.pte.arguments import SchemaOf, no_schemas
 from runtime_adapter.pte.file import ProgramFile, read_program, whole_tables
 from runtime_adapter.pte.fingerprint import method_digest, program_digest, weights_digest
 from runtime_adapter.pte.instructions import MethodGraph, read_method
@@ -147,9 +148,15 @@ class Survey:
 
 
 def analyze(
-    path: str | Path, *, data_path: str | Path | None = None, method: str = "forward"
+    path: str | Path,
+    *,
+    data_path: str | Path | None = None,
+    method: str = "forward",
+    schema_of: SchemaOf = no_schemas,
 ) -> ProgramAnalysis:
     """Everything that a model needs to know about the program at ``path``.
+
+    Calls of the operators that ``schema_of`` knows are checked against their schemas.
 
     Imports the exporter (5 to 9 s) and reads the whole file once for its digest:
     remember the result.
@@ -162,7 +169,7 @@ def analyze(
             and a position.
         RuntimeMissingError: ExecuTorch is not installed.
     """
-    found = survey(path, data_path=data_path, method=method)
+    found = survey(path, data_path=data_path, method=method, schema_of=schema_of)
     if found.problem is not None:
         raise found.problem
     if found.analysis is None:
@@ -171,7 +178,11 @@ def analyze(
 
 
 def survey(
-    path: str | Path, *, data_path: str | Path | None = None, method: str = "forward"
+    path: str | Path,
+    *,
+    data_path: str | Path | None = None,
+    method: str = "forward",
+    schema_of: SchemaOf = no_schemas,
 ) -> Survey:
     """What is in the program at ``path``, even where it cannot be served.
 
@@ -181,7 +192,7 @@ def survey(
     """
     file = read_program(Path(path))
     with whole_tables(file.path):
-        graphs, metadata = _read_methods(file, method)
+        graphs, metadata = _read_methods(file, method, schema_of=schema_of)
         graph = graphs[method]
         flow = Dataflow(graph)
         state = name_state(find_state(flow))
@@ -244,12 +255,19 @@ def survey(
     )
 
 
-def _read_methods(file: ProgramFile, method: str) -> tuple[dict[str, MethodGraph], Metadata]:
+def _read_methods(
+    file: ProgramFile, method: str, *, schema_of: SchemaOf
+) -> tuple[dict[str, MethodGraph], Metadata]:
     """The methods by name, and the results of those that only give a constant."""
     metadata: dict[str, int | float | bool | str | None] = {}
     graphs: dict[str, MethodGraph] = {}
     for plan in file.program.execution_plan:
-        graph = read_method(plan, source=str(file.path), read_constant=file.read_constant)
+        graph = read_method(
+            plan,
+            source=str(file.path),
+            read_constant=file.read_constant,
+            schema_of=schema_of,
+        )
         if not graph.steps and not graph.inputs and len(graph.outputs) == 1:
             metadata[graph.name] = graph.scalars.get(graph.outputs[0])
         else:

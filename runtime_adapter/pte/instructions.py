@@ -8,11 +8,13 @@ list of them; ``et_view`` gives a second shape to the same memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvstore.errors import CorruptProgramError
+from runtime_adapter.pte.arguments import LIST_ITEMS, SchemaOf, find_mismatch, no_schemas
 
 _DTYPES = {
     "BOOL": "bool",
@@ -111,24 +113,29 @@ class MethodGraph:
 
 
 def read_method(
-    plan: Any, *, source: str, read_constant: ReadConstant = no_constants
+    plan: Any,
+    *,
+    source: str,
+    read_constant: ReadConstant = no_constants,
+    schema_of: SchemaOf = no_schemas,
 ) -> MethodGraph:
     """The normal form of an ``ExecutionPlan``.
 
     Raises:
-        CorruptProgramError: an instruction points at a value, operator or delegate
-            that does not exist.
+        CorruptProgramError: an instruction points at a value, operator or delegate that
+            does not exist, or calls an operator with arguments that its schema, where
+            ``schema_of`` knows it, does not have.
     """
     values = [value.val for value in plan.values]
     kinds = [type(value).__name__ for value in values]
-    reader = _Reader(plan, values, kinds, source=source)
+    reader = _Reader(plan, kinds, source=source, schema_of=schema_of)
     tensors = {
         index: _tensor(index, value)
         for index, (kind, value) in enumerate(zip(kinds, values, strict=True))
         if kind == "Tensor"
     }
     lists = {
-        index: reader.checked(value.items, allow_absent=kind == "OptionalTensorList")
+        index: reader.items(kind, value.items)
         for index, (kind, value) in enumerate(zip(kinds, values, strict=True))
         if kind in _LISTS
     }
@@ -160,25 +167,35 @@ def read_method(
 class _Reader:
     """Turns one plan's instructions into steps, checking every index it follows."""
 
-    def __init__(self, plan: Any, values: list[Any], kinds: list[str], *, source: str) -> None:
+    def __init__(self, plan: Any, kinds: list[str], *, source: str, schema_of: SchemaOf) -> None:
         self._operators = list(plan.operators or ())
+        self._schema_of = functools.cache(schema_of)
         self._delegates = list(plan.delegates or ())
-        self._values = values
         self._kinds = kinds
         self._where = f"{source}, method {plan.name!r}"
 
-    def checked(self, indices: Sequence[int], *, allow_absent: bool = False) -> tuple[int, ...]:
-        lowest = -1 if allow_absent else 0
+    def checked(self, indices: Sequence[int]) -> tuple[int, ...]:
         for index in indices:
-            if not lowest <= index < len(self._values):
-                raise self._damaged(f"value {index} of {len(self._values)}")
+            if not 0 <= index < len(self._kinds):
+                raise self._damaged(f"an instruction that points at value {index}")
+        return tuple(indices)
+
+    def items(self, kind: str, indices: Sequence[int]) -> tuple[int, ...]:
+        """The items of a list of values; -1 is an optional item that is absent."""
+        is_optional = kind == "OptionalTensorList"
+        present = self.checked([index for index in indices if index >= 0 or not is_optional])
+        for index in present:
+            if self._kinds[index] not in LIST_ITEMS[kind]:
+                raise self._damaged(f"an {kind} with an item of kind {self._kinds[index]}")
         return tuple(indices)
 
     def step(self, position: int, call: Any, lists: Mapping[int, tuple[int, ...]]) -> Step | None:
         kind = type(call).__name__
         if kind == "KernelCall":
             entry = self._entry(self._operators, call.op_index, "operator")
-            return self._kernel(position, entry, self.checked(call.args), lists)
+            args = self.checked(call.args)
+            self._check_kinds(_operator(entry), args)
+            return self._kernel(position, entry, args, lists)
         if kind == "DelegateCall":
             entry = self._entry(self._delegates, call.delegate_index, "delegate")
             args = self.checked(call.args)
@@ -187,12 +204,22 @@ class _Reader:
         if kind == "MoveCall":
             source, target = self.checked((call.move_from, call.move_to))
             return _step(position, "move", "", (source,), reads=(source,), writes=(target,))
+        if kind == "JumpFalseCall":
+            self.checked((call.cond_value_index,))
+        if kind == "FreeCall":
+            self.checked((call.value_index,))
         return None
 
     def _entry(self, table: list[Any], index: int, what: str) -> Any:
         if not 0 <= index < len(table):
-            raise self._damaged(f"{what} {index} of {len(table)}")
+            raise self._damaged(f"an instruction that points at {what} {index} of {len(table)}")
         return table[index]
+
+    def _check_kinds(self, operator: str, args: Sequence[int]) -> None:
+        kinds = [self._kinds[arg] for arg in args]
+        mismatch = find_mismatch(operator, kinds, self._schema_of)
+        if mismatch is not None:
+            raise self._damaged(f"a call of {operator} with {mismatch}")
 
     def _kernel(
         self, position: int, entry: Any, args: tuple[int, ...], lists: Mapping[int, tuple[int, ...]]
@@ -212,8 +239,7 @@ class _Reader:
 
     def _damaged(self, found: str) -> CorruptProgramError:
         return CorruptProgramError(
-            f"{self._where}: expected a whole program, found an instruction that points at "
-            f"{found}; copy or export the file again"
+            f"{self._where}: expected a whole program, found {found}; copy or export the file again"
         )
 
 

@@ -9,7 +9,7 @@ registers the same kernels in milliseconds.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +66,31 @@ def ensure_operators(operators: Iterable[str]) -> None:
     missing = needed - method.registered_operators()
     if not missing:
         return
+    notes = _load_libraries(missing)
+    missing = needed - method.registered_operators()
+    if missing:
+        raise method.missing_operators_error(missing, notes=notes)
+
+
+def operator_schema(operator: str) -> tuple[str, ...] | None:
+    """The types of an operator's arguments (``SchemaOf``); loads the library that has it.
+
+    Raises:
+        RuntimeMissingError: ExecuTorch is not installed.
+    """
+    types = method.argument_types(operator)
+    if types is None:
+        _load_libraries({operator} - method.registered_operators())
+        types = method.argument_types(operator)
+    return types
+
+
+def _load_libraries(missing: Collection[str]) -> list[str]:
+    """Load the libraries that have operators of these namespaces; says what did not work."""
+    namespaces = {name.partition("::")[0] for name in missing}
     notes = []
     for library in LIBRARIES:
-        if not any(_namespace(name) in library.namespaces for name in missing):
+        if not namespaces & library.namespaces:
             continue
         path = library.find()
         if path is None:
@@ -78,9 +100,7 @@ def ensure_operators(operators: Iterable[str]) -> None:
             method.load_library(path)
         except OSError as error:
             notes.append(f"{path.name} does not load: {error}")
-    missing = needed - method.registered_operators()
-    if missing:
-        raise method.missing_operators_error(missing, notes=notes)
+    return notes
 
 
 def _namespace(operator: str) -> str:

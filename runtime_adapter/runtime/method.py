@@ -122,6 +122,26 @@ def load_library(path: Path) -> None:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
+def argument_types(operator: str) -> tuple[str, ...] | None:
+    """The types of the arguments of ``aten::add.out``, as its registered schema has them.
+
+    None if nothing registered the operator with PyTorch.
+
+    Raises:
+        RuntimeMissingError: ExecuTorch or torch is not installed.
+    """
+    _binding()
+    import torch
+
+    namespace, _, name = operator.partition("::")
+    packet, _, overload = name.partition(".")
+    try:
+        found = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+        return tuple(str(argument.type) for argument in found._schema.arguments)
+    except (AttributeError, RuntimeError):
+        return None
+
+
 def missing_operators_error(
     missing: Collection[str], *, notes: Collection[str] = ()
 ) -> MissingOperatorError:
