@@ -8,16 +8,15 @@ the file system can.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from kvstore.errors import InputError, ProgramError
 from kvstore.layout import TensorSpec
+from runtime_adapter.pte.copying import BLOCK_NBYTES, copy_range, replacing
 from runtime_adapter.pte.exir import build_flatbuffer, parse_flatbuffer, tensor_name
 from runtime_adapter.pte.file import ProgramFile, read_program, whole_tables
 from runtime_adapter.pte.fingerprint import program_digest
@@ -36,10 +35,7 @@ _SUFFIX_OF_ROLE = {
 }
 _CACHE_ROLES = frozenset({*_SUFFIX_OF_ROLE, "cache"})
 
-# File systems share blocks of 4 KiB: segments keep their place within one.
-_BLOCK_NBYTES = 4096
 _HEADER_NBYTES = 32
-_COPY_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +130,7 @@ def write_named_copy(source: str | Path, target: str | Path, *, replace: bool = 
         names = _give_names(file)
         head, base = _build_head(file)
     try:
-        with file.open() as original, _replacing(target, replace=replace) as copy:
+        with file.open() as original, replacing(target, replace=replace) as copy:
             copy.write(head)
             copy.write(bytes(base - len(head)) if file.segments else b"")
             if file.segments:
@@ -142,7 +138,7 @@ def write_named_copy(source: str | Path, target: str | Path, *, replace: bool = 
                 end = max(offset + size for offset, size in file.segments)
                 end = max(end, start + file.header.segment_nbytes)
                 copy.flush()
-                _copy_range(original, copy, start=start, n_bytes=end - start)
+                copy_range(original, copy, start=start, n_bytes=end - start)
             nbytes = os.fstat(copy.fileno()).st_size
     except OSError as error:
         raise InputError(
@@ -218,75 +214,10 @@ def _build_head(file: ProgramFile) -> tuple[bytes, int]:
     old_base = file.header.segment_base
     base = 0
     if file.segments:
-        base = program_nbytes + (old_base - program_nbytes) % _BLOCK_NBYTES
+        base = program_nbytes + (old_base - program_nbytes) % BLOCK_NBYTES
     header = b"eh00" + _HEADER_NBYTES.to_bytes(4, "little")
     for number in (program_nbytes, base, file.header.segment_nbytes):
         header += number.to_bytes(8, "little")
     root = int.from_bytes(data[:4], "little") + header_nbytes
     head = root.to_bytes(4, "little") + data[4:8] + header.ljust(header_nbytes, b"\0") + data[8:]
     return head, base
-
-
-@contextlib.contextmanager
-def _replacing(target: Path, *, replace: bool) -> Iterator[BinaryIO]:
-    """A temporary file beside ``target`` that becomes ``target`` when the block ends well."""
-    descriptor, name = tempfile.mkstemp(
-        prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent
-    )
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w+b") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp files are private; a program is shared like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        if replace:
-            temporary.replace(target)
-        else:
-            # A link does not overwrite what another process put there meanwhile.
-            try:
-                os.link(temporary, target)
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without links
-                temporary.replace(target)
-        _sync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every platform opens folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _copy_range(source: BinaryIO, target: BinaryIO, *, start: int, n_bytes: int) -> None:
-    """Append ``n_bytes`` from byte ``start`` of ``source`` on, in the kernel where it can."""
-    source_fd, target_fd = source.fileno(), target.fileno()
-    done = 0
-    place = os.lseek(target_fd, 0, os.SEEK_END)
-    if hasattr(os, "copy_file_range"):
-        # EXDEV, ENOSYS, EINVAL, EOPNOTSUPP: these two files cannot; the loop below can.
-        with contextlib.suppress(OSError):
-            while done < n_bytes:
-                copied = os.copy_file_range(
-                    source_fd, target_fd, min(n_bytes - done, 1 << 30), start + done, place + done
-                )
-                if copied == 0:
-                    break
-                done += copied
-    source.seek(start + done)
-    target.seek(place + done)
-    while done < n_bytes:
-        piece = source.read(min(_COPY_NBYTES, n_bytes - done))
-        if not piece:
-            raise OSError(f"the original ended {n_bytes - done} bytes early")
-        target.write(piece)
-        done += len(piece)

@@ -130,7 +130,7 @@ def test_a_failed_copy_leaves_nothing_behind(
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(naming, "_copy_range", fail)
+    monkeypatch.setattr(naming, "copy_range", fail)
     with pytest.raises(InputError, match="No space left"):
         write_named_copy(programs.path("stock_fp32"), tmp_path / "named.pte")
     assert list(tmp_path.iterdir()) == []
@@ -147,6 +147,22 @@ def test_a_file_system_that_cannot_copy_ranges_is_read_and_written(
     monkeypatch.undo()
     write_named_copy(programs.path("stock_fp32"), tmp_path / "quickly.pte")
     assert (tmp_path / "slowly.pte").read_bytes() == (tmp_path / "quickly.pte").read_bytes()
+
+
+def test_the_kernel_is_asked_for_whole_blocks_only_so_that_they_can_be_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def note(source: int, target: int, count: int, start: int, place: int) -> int:
+        asked.append((start, place))
+        os.pwrite(target, os.pread(source, count, start), place)
+        return count
+
+    monkeypatch.setattr(os, "copy_file_range", note, raising=False)
+    write_named_copy(programs.path("stock_fp32"), tmp_path / "named.pte")
+    assert asked
+    assert [place % 4096 for places in asked for place in places] == [0] * 2 * len(asked)
 
 
 def test_a_bad_original_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
