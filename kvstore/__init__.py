@@ -8,7 +8,8 @@ store.save_session(cache, tokens, name="chat-42")
 from kvstore.db.sessions import SessionInfo
 from kvstore.db.stats import StoreStats
 from kvstore.errors import KVStoreError
-from kvstore.layout import Fingerprint, Held, Kind, Layout, LiveCache, TensorSpec
+from kvstore.kinds import Held, Kind
+from kvstore.layout import Fingerprint, Layout, LiveCache, TensorSpec
 from kvstore.load import LoadResult, MissReason
 from kvstore.prune import PruneResult
 from kvstore.save import SaveResult

@@ -10,10 +10,10 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Protocol
 
 from kvstore.errors import InputError
+from kvstore.kinds import Held, Kind
 
 DTYPE_ITEMSIZE_NBYTES = {
     "bool": 1,
@@ -41,26 +41,6 @@ LOGITS_ROLE = "logits"
 
 UNLIMITED_N_TOKENS = 2**63 - 1
 """Capacity of a layout without any full tensor."""
-
-
-class Kind(StrEnum):
-    """How a tensor's content depends on the tokens seen so far."""
-
-    FULL = "full"
-    """One slot a token for ever: any token range can be cut out and put back."""
-
-    WINDOW = "window"
-    """A ring: the last positions only, behind a sink that is kept for ever."""
-
-    POSITIONS = "positions"
-    """Which position each slot of a ring holds; derived, never stored."""
-
-    CHECKPOINT = "checkpoint"
-    """Opaque state that is good at exactly the length it was computed for."""
-
-
-RESET_KINDS = frozenset({Kind.POSITIONS, Kind.CHECKPOINT})
-"""What a model reads at its first step; slots of other kinds are masked until written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +85,12 @@ class TensorSpec:
                 f"tensor {self.name!r}: expected at most {MAX_TENSOR_NBYTES} bytes, "
                 f"found {self.nbytes} for {self.shape}"
             )
-        if (self.token_axis is None) != (self.kind is Kind.CHECKPOINT):
+        rules = self.kind.rules
+        if (self.token_axis is not None) != rules.has_token_axis:
+            expected = "an axis" if rules.has_token_axis else "none"
             raise InputError(
                 f"tensor {self.name!r}: a {self.kind} tensor with token axis {self.token_axis}; "
-                "a checkpoint has none, every other kind has one"
+                f"expected {expected}"
             )
         if self.token_axis is not None and not 0 <= self.token_axis < len(self.shape):
             raise InputError(
@@ -119,11 +101,10 @@ class TensorSpec:
                 f"tensor {self.name!r}: expected batch size 1, found {self.shape[0]}; "
                 "export the program with batch size 1"
             )
-        is_ring = self.kind in (Kind.WINDOW, Kind.POSITIONS)
-        ring_n_slots = self.capacity_n_tokens - self.sink_n_tokens if is_ring else 0
+        ring_n_slots = self.capacity_n_tokens - self.sink_n_tokens if rules.is_ring else 0
         if self.sink_n_tokens < 0 or not (
             0 < self.window_n_tokens <= ring_n_slots
-            if is_ring
+            if rules.is_ring
             else self.window_n_tokens == self.sink_n_tokens == 0
         ):
             raise InputError(
@@ -190,19 +171,19 @@ class Layout:
     @property
     def capacity_n_tokens(self) -> int:
         """Number of tokens that every tensor has room for; rings and checkpoints have for any."""
-        full = (tensor for tensor in self.tensors if tensor.kind is Kind.FULL)
+        full = (tensor for tensor in self.tensors if tensor.kind.rules.is_whole)
         return min((tensor.capacity_n_tokens for tensor in full), default=UNLIMITED_N_TOKENS)
 
     @property
     def is_full(self) -> bool:
         """Whether any token range can be cut out of every tensor."""
-        return all(tensor.kind is Kind.FULL for tensor in self.tensors)
+        return all(tensor.kind.rules.is_whole for tensor in self.tensors)
 
     @property
     def token_nbytes(self) -> int:
         """Bytes that one token takes over all tensors that have token slots."""
         return sum(
-            tensor.slot_nbytes for tensor in self.tensors if tensor.kind in (Kind.FULL, Kind.WINDOW)
+            tensor.slot_nbytes for tensor in self.tensors if tensor.kind.rules.has_token_content
         )
 
     @property
@@ -237,20 +218,6 @@ def _digest_line(tensor: TensorSpec) -> str:
     if tensor.window_n_tokens:
         parts += [str(tensor.window_n_tokens), str(tensor.sink_n_tokens)]
     return " ".join(parts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """How a live cache came to hold what it holds; decides what its rings still have.
-
-    ``n_tokens`` are in it now; it was once ``peak_n_tokens`` long since it was
-    last empty or restored; ``restored_n_tokens`` is the length of that restore
-    (0 if it was computed from the start).
-    """
-
-    n_tokens: int
-    peak_n_tokens: int
-    restored_n_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

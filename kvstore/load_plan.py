@@ -15,7 +15,7 @@ from kvstore.db.blobs import BlobRow
 from kvstore.db.models import SpaceRow
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
-from kvstore.layout import LOGITS_ROLE, Kind, Layout, LiveCache
+from kvstore.layout import LOGITS_ROLE, Layout, LiveCache
 from kvstore.match import ChunkMatch, Piece, longest_prefix, piece_blobs, pieces
 from kvstore.prefix import Key
 from kvstore.ranges import Range, clip, intersect, subtract, union
@@ -69,7 +69,7 @@ def plan_load(
     """The longest prefix of ``ids`` that every tensor can serve, and the blobs that it takes."""
     layout = cache.layout
     with_logits = any(
-        tensor.role == LOGITS_ROLE and tensor.kind is Kind.CHECKPOINT for tensor in layout.tensors
+        tensor.role == LOGITS_ROLE and tensor.token_axis is None for tensor in layout.tensors
     )
     limit = min(len(ids) if with_logits else len(ids) - 1, cache.capacity_n_tokens)
     kept = _kept(cache, ids, limit)

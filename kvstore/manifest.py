@@ -8,7 +8,8 @@ from typing import Any
 import msgpack
 
 from kvstore.errors import CorruptStoreError, InputError, MetadataError
-from kvstore.layout import Kind, Layout, TensorSpec
+from kvstore.kinds import Kind
+from kvstore.layout import Layout, TensorSpec
 
 MANIFEST_FORMAT = 1
 MAX_METADATA_NBYTES = 1 << 20

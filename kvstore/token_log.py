@@ -6,8 +6,8 @@ from array import array
 from collections.abc import Sequence
 
 from kvstore.errors import CapacityError, RewindError
-from kvstore.kinds import kind_of
-from kvstore.layout import Held, Layout
+from kvstore.kinds import Held, kind_of
+from kvstore.layout import Layout
 
 
 class TokenLog:

@@ -36,14 +36,14 @@ from hypothesis import strategies as st
 from independent_reader import Reader, Refused
 
 import kvstore
-from kvstore import codec, errors
+from kvstore import Kind, codec, errors
 from kvstore._bundle import migrations_dir, schemas_dir
 from kvstore.checksum import blob_checksum
 from kvstore.db import engine as db
 from kvstore.db import tables
 from kvstore.db.migrate import upgrade
 from kvstore.errors import CorruptStoreError, KVStoreError, MetadataError
-from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, Fingerprint, Kind, Layout, TensorSpec
+from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, Fingerprint, Layout, TensorSpec
 from kvstore.manifest import pack_manifest, pack_metadata, unpack_manifest, unpack_metadata
 from kvstore.prefix import chunk_key, root_key
 from kvstore.tokens import from_big_endian, to_big_endian

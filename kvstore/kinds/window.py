@@ -11,20 +11,22 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from kvstore.kinds.base import Run
+from kvstore.kinds.base import Held, Run, Slots
 from kvstore.kinds.full import Full
-from kvstore.layout import Held, TensorSpec
 from kvstore.ranges import Range, intersect, subtract, union
 
 
 class Window:
     """A ring behind a sink (of 0 tokens for a plain sliding window)."""
 
+    has_token_axis: ClassVar[bool] = True
+    has_token_content: ClassVar[bool] = True
+    is_ring: ClassVar[bool] = True
     is_whole: ClassVar[bool] = False
     is_thinned: ClassVar[bool] = False
     miss_reason: ClassVar[str | None] = "window_gone"
 
-    def resident(self, spec: TensorSpec, held: Held) -> list[Range]:
+    def resident(self, spec: Slots, held: Held) -> list[Range]:
         """The sink, and what the ring has not overwritten.
 
         A ring remembers how far it has been written, also after the cache's
@@ -36,13 +38,13 @@ class Window:
             oldest = max(oldest, held.restored_n_tokens - spec.window_n_tokens + 1)
         return intersect([(0, held.n_tokens)], union([(0, sink), (oldest, held.n_tokens)]))
 
-    def required(self, spec: TensorSpec, n_tokens: int) -> list[Range]:
+    def required(self, spec: Slots, n_tokens: int) -> list[Range]:
         """The sink and the window that the next token sees."""
         sink = spec.sink_n_tokens
         oldest = max(sink, n_tokens - spec.window_n_tokens + 1)
         return intersect([(0, n_tokens)], union([(0, sink), (oldest, n_tokens)]))
 
-    def servable(self, spec: TensorSpec, stored: list[Range], limit_n_tokens: int) -> int:
+    def servable(self, spec: Slots, stored: list[Range], limit_n_tokens: int) -> int:
         """The largest length whose window is whole."""
         sink, window = spec.sink_n_tokens, spec.window_n_tokens
         if not subtract(self.required(spec, limit_n_tokens), stored):
@@ -60,11 +62,11 @@ class Window:
             default=0,
         )
 
-    def is_storable(self, spec: TensorSpec, start: int, stop: int) -> bool:
+    def is_storable(self, spec: Slots, start: int, stop: int) -> bool:
         """No more than the ring can hold at once, and some of the sink before it."""
         return stop - max(start, spec.sink_n_tokens) <= _ring(spec)
 
-    def runs(self, spec: TensorSpec, start: int, stop: int) -> list[Run]:
+    def runs(self, spec: Slots, start: int, stop: int) -> list[Run]:
         """The sink's run, then up to two of the ring."""
         sink, ring = spec.sink_n_tokens, _ring(spec)
         found: list[Run] = []
@@ -78,14 +80,19 @@ class Window:
             start += n_slots
         return found
 
-    def derived(self, spec: TensorSpec, n_tokens: int) -> list[int] | None:  # noqa: ARG002
+    def derived(self, spec: Slots, n_tokens: int) -> list[int] | None:  # noqa: ARG002
         """Nothing follows from the length."""
         return None
 
-    def can_truncate(self, spec: TensorSpec, held: Held, n_tokens: int) -> bool:
+    def can_truncate(self, spec: Slots, held: Held, n_tokens: int) -> bool:
         """While the ring still has the window that the shorter cache needs."""
         return not subtract(self.required(spec, n_tokens), self.resident(spec, held))
 
+    def kept(self, spec: Slots) -> str:
+        """The sink and the window."""
+        last = f"the last {spec.window_n_tokens} tokens"
+        return f"the first {spec.sink_n_tokens} and {last}" if spec.sink_n_tokens else last
 
-def _ring(spec: TensorSpec) -> int:
+
+def _ring(spec: Slots) -> int:
     return spec.capacity_n_tokens - spec.sink_n_tokens

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kvstore import TokenLog
+from kvstore import Held, TokenLog
 from kvstore.errors import CapacityError, InputError
-from kvstore.layout import LOGITS_ROLE, RESET_KINDS, Fingerprint, Held, Layout
+from kvstore.layout import LOGITS_ROLE, Fingerprint, Layout
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
         self._initial = {
             spec.name: view.clone() if bool(view.any()) else None
             for spec, view in zip(layout.tensors, views, strict=True)
-            if spec.kind in RESET_KINDS
+            if not spec.kind.rules.has_token_content
         }
         self._log = TokenLog(layout)
         self._snapshot: tuple[int, ...] | None = ()

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvstore import token_ids
+from kvstore import Kind, token_ids
 from kvstore.errors import InputError
-from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, Fingerprint, Kind, Layout, TensorSpec
+from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, Fingerprint, Layout, TensorSpec
 from runtime_adapter.caches.identity import ModelFingerprint
 from runtime_adapter.caches.live import LiveTensors
 

@@ -154,15 +154,13 @@ def _digest(model: Model) -> str:
 
 def _slots(spec: TensorSpec, n_tokens: int) -> list[int]:
     """The slots that the step after ``n_tokens`` reads, in the order of their positions."""
-    if not spec.window_n_tokens:
-        return list(range(n_tokens))
-    sink = spec.sink_n_tokens
-    ring = spec.capacity_n_tokens - sink
-    oldest = max(sink, n_tokens - spec.window_n_tokens + 1)
-    return [
-        *range(min(sink, n_tokens)),
-        *(sink + (position - sink) % ring for position in range(oldest, n_tokens)),
+    rules = spec.kind.rules
+    runs = [
+        run
+        for start, stop in rules.required(spec, n_tokens)
+        for run in rules.runs(spec, start, stop)
     ]
+    return [slot for run in runs for slot in range(run.slot, run.slot + run.n_slots)]
 
 
 def _file_nbytes(db: Path) -> int:

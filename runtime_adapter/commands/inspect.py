@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from kvstore.errors import ProgramError
-from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, UNLIMITED_N_TOKENS, Kind, TensorSpec
+from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, UNLIMITED_N_TOKENS
 from runtime_adapter.commands.progress import working
 from runtime_adapter.program.analysis import ProgramAnalysis, Survey, survey
 from runtime_adapter.program.naming import NamedState
@@ -97,7 +97,7 @@ def _capacity(analysis: ProgramAnalysis) -> str:
 
 
 def _checkpoint_nbytes(analysis: ProgramAnalysis) -> int:
-    return sum(spec.nbytes for spec in analysis.layout.tensors if spec.kind is Kind.CHECKPOINT)
+    return sum(spec.nbytes for spec in analysis.layout.tensors if spec.token_axis is None)
 
 
 def _method(found: Survey) -> str:
@@ -141,7 +141,7 @@ def _row(item: NamedState) -> tuple[str, ...]:
 def _tensor_json(item: NamedState) -> dict[str, Any]:
     tensor, spec = item.state.tensor, item.spec
     itemsize = DTYPE_ITEMSIZE_NBYTES.get(tensor.dtype)
-    has_slots = spec is not None and spec.kind in (Kind.FULL, Kind.WINDOW)
+    has_slots = spec is not None and spec.kind.rules.has_token_content
     return {
         "name": item.name,
         "is_named": item.is_own_name,
@@ -155,23 +155,11 @@ def _tensor_json(item: NamedState) -> dict[str, Any]:
         "sink_n_tokens": spec.sink_n_tokens if spec is not None else None,
         "token_nbytes": spec.slot_nbytes if spec is not None and has_slots else None,
         "nbytes": math.prod(tensor.shape) * itemsize if itemsize is not None else None,
-        "kept": _kept(spec) if spec is not None else None,
+        "kept": spec.kind.rules.kept(spec) if spec is not None else None,
         "has_initial_data": tensor.data_buffer > 0,
         "reason": item.state.reason,
         "note": item.state.note,
     }
-
-
-def _kept(spec: TensorSpec) -> str:
-    """What a store keeps of a tensor."""
-    if spec.kind is Kind.FULL:
-        return "every token"
-    if spec.kind is Kind.POSITIONS:
-        return "nothing, it is derived"
-    if spec.kind is Kind.CHECKPOINT:
-        return "whole, at exact lengths"
-    last = f"the last {spec.window_n_tokens} tokens"
-    return f"the first {spec.sink_n_tokens} and {last}" if spec.sink_n_tokens else last
 
 
 def _as_json(found: Survey) -> dict[str, Any]:

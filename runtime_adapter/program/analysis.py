@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvstore import Kind
 from kvstore.errors import (
     InputError,
     ProgramError,
     ProgramSignatureError,
 )
-from kvstore.layout import UNLIMITED_N_TOKENS, Fingerprint, Kind, Layout, TensorSpec
+from kvstore.layout import UNLIMITED_N_TOKENS, Fingerprint, Layout, TensorSpec
 from runtime_adapter.program.naming import NamedState, name_state
 from runtime_adapter.program.problems import find_data_problem, find_problem
 from runtime_adapter.program.signature import Signature, read_signature
@@ -287,7 +288,7 @@ def _layout(state: tuple[NamedState, ...], *, vocab_size: int) -> Layout:
     again for its logits.
     """
     tensors = [spec for item in state if (spec := item.spec) is not None]
-    if any(spec.kind is Kind.CHECKPOINT for spec in tensors):
+    if any(spec.token_axis is None for spec in tensors):
         taken = {spec.name for spec in tensors}
         name = LOGITS
         while name in taken:

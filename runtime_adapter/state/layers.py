@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from kvstore.layout import Kind
 from runtime_adapter.state.attention import AttentionMap
 from runtime_adapter.state.classifiers import Evidence, Verdict
 from runtime_adapter.state.dataflow import Dataflow
@@ -46,15 +45,15 @@ def role_rank(role: str) -> tuple[int, int]:
 
 def place(evidence: Evidence, verdicts: Mapping[int, Verdict]) -> dict[int, Place]:
     """``(layer, role)`` of each served tensor; roles are unique within a layer."""
-    of_kind: dict[Kind | None, dict[int, Verdict]] = {}
-    for value, verdict in verdicts.items():
-        of_kind.setdefault(verdict.kind, {})[value] = verdict
-    slotted = {**of_kind.get(Kind.FULL, {}), **of_kind.get(Kind.WINDOW, {})}
+    rules = {value: verdict.kind.rules for value, verdict in verdicts.items() if verdict.kind}
+    slotted = {value: verdicts[value] for value, has in rules.items() if has.has_token_content}
+    opaque = {value: verdicts[value] for value, has in rules.items() if not has.has_token_axis}
+    books = {value: verdicts[value] for value in rules if value not in slotted | opaque}
+    rings = {value: verdict for value, verdict in slotted.items() if rules[value].is_ring}
     keyed = _place_attention(evidence.flow, slotted)
-    checkpoints = of_kind.get(Kind.CHECKPOINT, {})
     borders = {key for key, _ in keyed.values()}
-    keyed.update(_place_checkpoints(evidence.flow, checkpoints, borders))
-    keyed.update(_place_bookkeeping(of_kind.get(Kind.POSITIONS, {}), slotted, keyed))
+    keyed.update(_place_opaque(evidence.flow, opaque, borders))
+    keyed.update(_place_bookkeeping(books, rings, keyed))
     rank = {key: layer for layer, key in enumerate(sorted({key for key, _ in keyed.values()}))}
     return _unique({value: (rank[key], role) for value, (key, role) in keyed.items()})
 
@@ -142,26 +141,22 @@ def _same_form(flow: Dataflow, left: int, right: int) -> bool:
 
 
 def _place_bookkeeping(
-    books: Mapping[int, Verdict], slotted: Mapping[int, Verdict], keyed: Mapping[int, Place]
+    books: Mapping[int, Verdict], rings: Mapping[int, Verdict], keyed: Mapping[int, Place]
 ) -> dict[int, Place]:
     """Beside the ring that is written right behind it; alone in a layer if there is none.
 
     Where there are as many as layers with rings, they are in the same order: a delegate may
     have moved all of them before the first ring.
     """
-    rings = sorted(
-        (verdict.position, keyed[value][0])
-        for value, verdict in slotted.items()
-        if verdict.kind is Kind.WINDOW
-    )
+    places = sorted((verdict.position, keyed[value][0]) for value, verdict in rings.items())
     found: dict[int, Place] = {}
-    layers = sorted({key for _, key in rings})
+    layers = sorted({key for _, key in places})
     if len(layers) == len(books):
         in_order = sorted(books, key=lambda value: (books[value].position, value))
         return {value: (key, "positions") for value, key in zip(in_order, layers, strict=True)}
     for value, verdict in books.items():
-        behind = [key for position, key in rings if position > verdict.position]
-        before = [key for position, key in rings if position <= verdict.position]
+        behind = [key for position, key in places if position > verdict.position]
+        before = [key for position, key in places if position <= verdict.position]
         key = behind[0] if behind else before[-1] if before else verdict.position
         found[value] = (key, "positions")
     return found
@@ -170,7 +165,7 @@ def _place_bookkeeping(
 # ------------------------------------------------------------- recurrent state
 
 
-def _place_checkpoints(
+def _place_opaque(
     flow: Dataflow, values: Mapping[int, Verdict], borders: set[int]
 ) -> dict[int, Place]:
     """Neighbours in one layer, until a form or an attention says that the next one begins."""

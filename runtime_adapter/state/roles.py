@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, Kind
+from kvstore import Kind
+from kvstore.layout import DTYPE_ITEMSIZE_NBYTES
 from runtime_adapter.pte.instructions import TensorValue
 from runtime_adapter.state.classifiers import Evidence, Verdict, classify
 from runtime_adapter.state.dataflow import Dataflow

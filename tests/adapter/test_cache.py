@@ -6,14 +6,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvstore import Held  # noqa: E402  after the check that torch is there
+from kvstore import Held, Kind  # noqa: E402  after the check that torch is there
 from kvstore.errors import (  # noqa: E402
     CapacityError,
     ClosedModelError,
     InputError,
     RewindError,
 )
-from kvstore.layout import Fingerprint, Kind, Layout, TensorSpec  # noqa: E402
+from kvstore.layout import Fingerprint, Layout, TensorSpec  # noqa: E402
 from runtime_adapter import PlannedCache  # noqa: E402
 
 pytestmark = pytest.mark.adapter

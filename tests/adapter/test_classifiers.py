@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.layout import Kind
+from kvstore import Kind
 from runtime_adapter.state.arithmetic import Arithmetic
 from runtime_adapter.state.classifiers.checkpoint import UNKNOWN_SLOTS
 from runtime_adapter.state.classifiers.window import WHOLE_RING

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from kvstore.layout import UNLIMITED_N_TOKENS, Kind, TensorSpec
+from kvstore import Kind
+from kvstore.layout import UNLIMITED_N_TOKENS, TensorSpec
 from runtime_adapter.program.analysis import ProgramAnalysis, analyze
 from runtime_adapter.program.naming import write_named_copy
 from tests import programs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from kvstore.layout import Kind
+from kvstore import Kind
 from runtime_adapter.pte.instructions import TensorValue
 from runtime_adapter.state.arithmetic import Arithmetic
 from runtime_adapter.state.dataflow import Dataflow

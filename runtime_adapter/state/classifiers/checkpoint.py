@@ -7,7 +7,7 @@ put back whole.
 
 from __future__ import annotations
 
-from kvstore.layout import Kind
+from kvstore import Kind
 from runtime_adapter.state.classifiers.base import Evidence, Verdict
 
 UNKNOWN_SLOTS = "where it is written cannot be followed: it is kept whole, at exact lengths only"

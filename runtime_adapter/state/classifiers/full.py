@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvstore.layout import Kind
+from kvstore import Kind
 from runtime_adapter.state.classifiers.base import Evidence, Verdict
 from runtime_adapter.state.rings import is_position
 

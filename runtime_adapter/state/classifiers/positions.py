@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvstore.layout import Kind
+from kvstore import Kind
 from runtime_adapter.state.classifiers.base import Evidence, Verdict
 from runtime_adapter.state.rings import is_position, read_sink, read_windows
 from runtime_adapter.state.slots import last_indexed_write
