@@ -86,6 +86,25 @@ class TwoShapes(nn.Module):
         return logits
 
 
+class FirstStep(nn.Module):
+    """An attention layer, and a buffer that only the first step writes (as cross-attention's)."""
+
+    def __init__(self, *, vocab_size: int, dim: int, max_context: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.layer = _Layer(dim, 2, 16, 16, max_context=max_context)
+        self.output = nn.Linear(dim, vocab_size, bias=False)
+        self.register_buffer("topic", torch.zeros(1, 1, dim))
+
+    def forward(self, tokens: torch.Tensor, options: dict[str, torch.Tensor]) -> torch.Tensor:
+        hidden = self.embedding(tokens)
+        is_first = options["input_pos"][:1] == 0
+        self.topic.copy_(torch.where(is_first, hidden.mean(dim=1, keepdim=True), self.topic))
+        hidden = hidden + self.layer(hidden + self.topic, options["input_pos"])
+        logits: torch.Tensor = self.output(hidden[:, -1])
+        return logits
+
+
 class _Layer(nn.Module):
     def __init__(
         self, dim: int, n_kv_heads: int, key_dim: int, value_dim: int, *, max_context: int

@@ -19,6 +19,7 @@ import functools
 import gc
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -165,10 +166,12 @@ SPECS: dict[str, Spec] = {
         options=(*_SDPA, "model.enable_dynamic_shape=False"),
         params={"n_layers": 3, "num_kv_shared_layers": 1},
     ),
-    # Models of tests.models: shapes that differ from layer to layer, and packed caches.
+    # Models of tests.models: shapes that differ from layer to layer, packed caches, and a
+    # tensor that never changes after the first step.
     "gemma4_one_token": Spec(maker="gemma4", max_seq=1, since=(1, 5)),
     "two_shapes": Spec(maker="two_shapes", since=(1, 5)),
     "turboquant": Spec(maker="turboquant", since=(1, 5)),
+    "first_step": Spec(maker="first_step", since=(1, 5)),
     # Two ring layers whose bookkeeping a delegate moves before both of them.
     "plain_rings_xnnpack": Spec(
         options=(
@@ -184,12 +187,29 @@ SPECS: dict[str, Spec] = {
     "lora": Spec(maker="lora", since=(1, 5)),
     # From Hugging Face's model and its own exporter.
     "huggingface": Spec(maker="huggingface", since=(1, 5)),
-    # A delegate owns the cache, or that of one layer.
-    "owned": Spec(maker="owned", options=("kv_cache",), since=(1, 5)),
-    "half_owned": Spec(maker="owned", options=("layers.1.attention.kv_cache",), since=(1, 5)),
+    # A delegate took the cache over, or that of one layer of two; nothing here runs them.
+    "vulkan": Spec(options=(*_SDPA, "backend.vulkan.enabled=True"), since=(1, 5)),
+    "vulkan_hybrid": Spec(
+        options=(*_SDPA, "backend.vulkan.enabled=True"), params=_QWEN35, since=(1, 5)
+    ),
+    "coreml": Spec(maker="coreml", since=(1, 5)),
+    "native": Spec(maker="native", since=(1, 5)),
+    # As the stock exporter does it: planned, but read and given back whole by the delegate.
+    "coreml_planned": Spec(
+        options=(
+            *_CACHE,
+            "model.enable_dynamic_shape=False",
+            "backend.coreml.enabled=True",
+            "backend.coreml.ios=18",
+        ),
+        since=(1, 5),
+    ),
     # No state at all.
     "no_cache": Spec(maker="no_cache"),
 }
+
+_NEEDED_PACKAGES = {"coreml": ("coremltools",), "coreml_planned": ("coremltools",)}
+"""What ExecuTorch brings along on some platforms only."""
 
 FAST = ("stock_fp32", "quantized_ring", "plain", "lfm2", "named", "one_token", "external_weights")
 """What the fast tests use: ``make test`` makes these first, all at once."""
@@ -209,7 +229,8 @@ def params(name: str) -> dict[str, Any]:
 
 def is_available(name: str) -> bool:
     """Whether the installed ExecuTorch has the options of program ``name``."""
-    return version()[:2] >= SPECS[name].since
+    has_packages = all(map(importlib.util.find_spec, _NEEDED_PACKAGES.get(name, ())))
+    return version()[:2] >= SPECS[name].since and has_packages
 
 
 def path(name: str) -> Path:
@@ -540,25 +561,34 @@ def _make_model(name: str, spec: Spec, work: Path) -> Path:
     return _lower(method, ExecutorchBackendConfig(), constants, work / "program.pte")
 
 
-def _make_owned(spec: Spec, work: Path) -> Path:
-    """Delegated whole; the buffers named in ``options`` go to the delegate too."""
-    from executorch.exir import (
-        EdgeCompileConfig,
-        ExecutorchBackendConfig,
-        to_edge_transform_and_lower,
-    )
+def _make_coreml(spec: Spec, work: Path) -> Path:
+    """Core ML takes mutable buffers over unless it is told not to."""
+    import coremltools
+    from executorch.backends.apple.coreml.compiler import CoreMLBackend
+    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
-    from tests.owning_backend import OwningPartitioner
+    specs = CoreMLBackend.generate_compile_specs(minimum_deployment_target=coremltools.target.iOS18)
+    partitioner = CoreMLPartitioner(compile_specs=specs, take_over_mutable_buffer=True)
+    return _delegate(partitioner, spec, work / "program.pte")
+
+
+def _make_native(spec: Spec, work: Path) -> Path:
+    from executorch.backends.native.partitioner import NativePartitioner
+
+    return _delegate(NativePartitioner(None), spec, work / "program.pte")
+
+
+def _delegate(partitioner: Any, spec: Spec, target: Path) -> Path:
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     edge = to_edge_transform_and_lower(
-        _exported(_model(spec), n_tokens=2, max_n_tokens=spec.max_seq - 1),
-        partitioner=[OwningPartitioner(*spec.options)],
+        _exported(_model(spec), n_tokens=1, max_n_tokens=None),
+        partitioner=[partitioner],
         constant_methods=_constants(spec),
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
-    target = work / "program.pte"
     with target.open("wb") as stream:
-        edge.to_executorch(ExecutorchBackendConfig()).write_to_file(stream)
+        edge.to_executorch().write_to_file(stream)
     return target
 
 
@@ -582,9 +612,11 @@ _MAKERS = {
     "gemma4": functools.partial(_make_model, "Gemma4"),
     "two_shapes": functools.partial(_make_model, "TwoShapes"),
     "turboquant": functools.partial(_make_model, "TurboQuant"),
+    "first_step": functools.partial(_make_model, "FirstStep"),
     "lora": _make_lora,
     "huggingface": _make_huggingface,
-    "owned": _make_owned,
+    "coreml": _make_coreml,
+    "native": _make_native,
     "no_cache": _make_no_cache,
 }
 

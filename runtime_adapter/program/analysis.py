@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from runtime_adapter.program.naming import NamedState, name_state
 from runtime_adapter.program.problems import find_data_problem, find_problem
 from runtime_adapter.program.signature import Signature, read_signature
 from runtime_adapter.pte.arguments import SchemaOf, no_schemas
+from runtime_adapter.pte.delegate_names import buffer_names
 from runtime_adapter.pte.file import ProgramFile, read_program, whole_tables
 from runtime_adapter.pte.fingerprint import method_digest, program_digest, weights_digest
 from runtime_adapter.pte.instructions import MethodGraph, read_method
@@ -205,7 +207,13 @@ def survey(
             if plan.name in graphs
         }
     signature: Signature | None = None
-    problem = find_problem(graph, state, metadata, path=file.path)
+    problem = find_problem(
+        graph,
+        state,
+        metadata,
+        path=file.path,
+        names_in=functools.partial(buffer_names, file),
+    )
     problem = problem or find_foreign_state(flow, others, path=file.path)
     try:
         signature = read_signature(flow)

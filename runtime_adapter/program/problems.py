@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kvstore.errors import (
@@ -26,6 +26,7 @@ _OWNERS: Mapping[str, str] = {
     "MLXBackend": "lower with XNNPACK or the portable kernels instead",
     "QnnBackend": "lower with XNNPACK instead; this backend keeps the cache in its own memory",
     "VulkanBackend": "keep the cache update out of the Vulkan partition, or lower with XNNPACK",
+    "NativeBackend": "lower with XNNPACK instead; this backend keeps the cache in its own memory",
     "CudaBackend": "lower with XNNPACK instead; this backend keeps the cache on the device",
     "MetalBackend": "lower with XNNPACK instead; this backend keeps the cache on the device",
     "AotiBackend": "lower with XNNPACK instead; the compiled library keeps the cache",
@@ -37,8 +38,22 @@ _ADVICE = "lower with XNNPACK instead, or keep the cache update out of it"
 _NEVER_OWNERS = frozenset({"XnnpackBackend"})
 
 
+NamesIn = Callable[[str], Sequence[str]]
+"""Backend -> the names of the buffers that its delegates took over, where their data says."""
+
+
+def no_names(backend: str) -> Sequence[str]:  # noqa: ARG001
+    """For a graph without its file."""
+    return ()
+
+
 def find_problem(
-    graph: MethodGraph, state: tuple[NamedState, ...], metadata: Metadata, *, path: Path
+    graph: MethodGraph,
+    state: tuple[NamedState, ...],
+    metadata: Metadata,
+    *,
+    path: Path,
+    names_in: NamesIn = no_names,
 ) -> ProgramError | None:
     """Why the state of a method cannot be served, or None."""
     where = f"{path}, method {graph.name!r}"
@@ -50,7 +65,8 @@ def find_problem(
         advice = _OWNERS.get(name, _ADVICE)
         return DelegatedCacheError(
             f"{where}: expected a cache in the planned memory, found none there and the delegate "
-            f"{name}, which keeps mutable buffers to itself; export again: {advice}"
+            f"{name}, which keeps mutable buffers to itself{_told(names_in(name))}; "
+            f"export again: {advice}"
         )
     if not state:
         n_inputs = len(graph.inputs)
@@ -76,16 +92,16 @@ def find_problem(
             "see `kvstore inspect`, or export without that option"
         )
     n_layers = metadata.get("get_n_layers")
-    served = _visible_layers(state)
-    if others and not (isinstance(n_layers, int) and len(served) >= n_layers):
+    n_visible = len(_visible_layers(state)) + len(_opaque_caches(state, metadata)) // 2
+    if others and not (isinstance(n_layers, int) and n_visible >= n_layers):
         name = (owners or others)[0]
         total = (
             n_layers if isinstance(n_layers, int) else "all (get_n_layers does not say how many)"
         )
         return DelegatedCacheError(
             f"{where}: expected the cache of {total} layers in the planned memory, found that of "
-            f"{len(served)}; the delegate {name} may keep the others to itself; export again: "
-            f"{_OWNERS.get(name, _ADVICE)}"
+            f"{n_visible}; the delegate {name} may keep the others to itself"
+            f"{_told(names_in(name))}; export again: {_OWNERS.get(name, _ADVICE)}"
         )
     return None
 
@@ -97,6 +113,30 @@ def _visible_layers(state: tuple[NamedState, ...]) -> set[int]:
         if item.state.layer is not None and item.state.role is not None:
             roles.setdefault(item.state.layer, set()).add(item.state.role)
     return {layer for layer, found in roles.items() if {"k", "v"} <= found or "conv_state" in found}
+
+
+def _opaque_caches(state: tuple[NamedState, ...], metadata: Metadata) -> list[NamedState]:
+    """Planned keys and values that a delegate reads and gives back whole.
+
+    Where a token goes in them cannot be seen, so they are kept whole; what they are
+    shows in an axis as long as the context, and more than a number a token.
+    """
+    context = metadata.get("get_max_context_len")
+    return [
+        item
+        for item in state
+        if item.state.token_axis is None
+        and context in item.state.tensor.shape[1:-1]
+        and item.state.tensor.shape[-1] > 1
+    ]
+
+
+def _told(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    n_more = len(names) - _SHOWN_N_TENSORS
+    more = f" and {n_more} more" if n_more > 0 else ""
+    return f" ({', '.join(names[:_SHOWN_N_TENSORS])}{more})"
 
 
 def find_data_problem(

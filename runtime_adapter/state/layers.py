@@ -209,5 +209,7 @@ def _state_role(flow: Dataflow, value: int) -> str:
                 if output in flow.graph.tensors and output not in seen:
                     seen.add(output)
                     pending.append(output)
+    is_hidden = all(step.delegate is not None for step in flow.consumers.get(value, ()))
     # Sums of outer products of keys and values: [1, heads, D_k, D_v].
-    return "recurrent_state" if len(flow.graph.tensors[value].shape) >= 4 else "state"
+    is_matrix = len(flow.graph.tensors[value].shape) >= 4
+    return "recurrent_state" if is_matrix and not is_hidden else "state"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +50,7 @@ SLOW = (
     "two_shapes",
     "gemma4_one_token",
     "turboquant",
+    "first_step",
     "head_dim_12",
     "stock_fp16",
     "stock_bf16",
@@ -225,6 +228,30 @@ def test_recurrent_state_is_served_only_where_it_was_saved(name: str, store: kvs
         model.cache.truncate(0)
         model.forward(tokens[:20], start=0)
         assert torch.equal(model.forward(tokens[20:50], start=20), resumed)
+
+
+@pytest.mark.parametrize("name", each(("first_step",)))
+def test_a_tensor_of_the_first_step_is_not_stored_with_every_chunk(
+    name: str, tmp_path: Path
+) -> None:
+    db = tmp_path / "sessions.db"
+    with opened(name) as model, kvstore.open(db, chunk_n_tokens=8) as store:
+        tokens = journey.tokens_of([200])
+        roles = [spec.role for spec in model.layout.tensors]
+        for start in range(0, 200, 40):
+            model.forward(tokens[start : start + 40], start=start)
+            store.save_session(model.cache, tokens[: start + 40], name="chat")
+            assert store.verify().ok
+        with contextlib.closing(sqlite3.connect(db)) as connection:
+            rows = connection.execute("SELECT tensor, count(*) FROM blobs GROUP BY tensor")
+            n_rows = {roles[tensor]: count for tensor, count in rows}
+        # The newest one, and one in 2,048 tokens.
+        assert n_rows == {"k": 25, "v": 25, "state": 2, "logits": 2}
+        topic = model.cache[model.layout.tensors[roles.index("state")].name].clone()
+        assert topic.any()
+        model.cache.truncate(0)
+        assert store.load_session(model.cache, name="chat").n_tokens == 200
+        assert torch.equal(model.cache[model.layout.tensors[roles.index("state")].name], topic)
 
 
 @pytest.mark.parametrize("name", each(FAST))

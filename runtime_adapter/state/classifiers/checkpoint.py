@@ -11,6 +11,7 @@ from kvstore import Kind
 from runtime_adapter.state.classifiers.base import Evidence, Verdict
 
 UNKNOWN_SLOTS = "where it is written cannot be followed: it is kept whole, at exact lengths only"
+IN_DELEGATE = "a delegate writes it: where a token goes cannot be seen, so it is kept whole"
 
 
 def classify_checkpoint(evidence: Evidence, value: int) -> Verdict | None:
@@ -19,9 +20,23 @@ def classify_checkpoint(evidence: Evidence, value: int) -> Verdict | None:
         return None
     return Verdict(
         kind=Kind.CHECKPOINT,
-        note=UNKNOWN_SLOTS if _looks_cut(evidence, value) else None,
+        note=_note(evidence, value),
         position=evidence.update_position(value),
     )
+
+
+def _note(evidence: Evidence, value: int) -> str | None:
+    if _looks_cut(evidence, value):
+        return UNKNOWN_SLOTS
+    flow = evidence.flow
+    sources = {
+        flow.resolve(source)
+        for step in flow.updates[value]
+        for source in step.reads
+        if source in flow.graph.tensors
+    }
+    made = [flow.producer[source] for source in sources if source in flow.producer]
+    return IN_DELEGATE if any(step.delegate is not None for step in made) else None
 
 
 def _looks_cut(evidence: Evidence, value: int) -> bool:
