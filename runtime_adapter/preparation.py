@@ -143,6 +143,11 @@ def _ensure_copy(
         InputError: it cannot be written there.
         ProgramError: something else is there.
     """
+    if copy.exists() and copy.samefile(path):
+        raise InputError(
+            f"named_copy: expected another place than the program itself, found {copy}; "
+            "choose another path, or leave it out"
+        )
     if not copy.exists():
         try:
             write_named_copy(path, copy)

@@ -83,6 +83,14 @@ def test_ls_as_json_is_one_object(cli, filled):
     assert listing["sessions"][3]["model"] == str(BytesCache().fingerprint)
 
 
+def test_a_number_that_json_lacks_is_null(cli, store_path):
+    with kvstore.open(store_path, chunk_n_tokens=8) as store:
+        save(store, TOKENS, name="chat", metadata={"scores": [0.5, float("nan"), float("inf")]})
+    listing = json.loads(cli("ls", "--json").stdout)
+    assert listing["sessions"][0]["metadata"] == {"scores": [0.5, None, None]}
+    verified(store_path)
+
+
 def test_ls_of_an_empty_store_has_only_the_head(cli, store_path):
     kvstore.open(store_path).close()
     assert cli("ls").stdout.startswith("NAME")

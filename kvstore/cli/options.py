@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,8 +50,8 @@ def open_existing(path: Path, *, read_only: bool, namespace: str = "") -> kvstor
 
 
 def print_json(value: object) -> None:
-    """One JSON object on stdout; bytes become hex."""
-    click.echo(json.dumps(value, indent=2, default=_json_default))
+    """One JSON object on stdout; bytes become hex, and numbers that JSON lacks (NaN) null."""
+    click.echo(json.dumps(_finite(value), indent=2, default=_json_default, allow_nan=False))
 
 
 def find_model(store: kvstore.Store, prefix: str) -> bytes:
@@ -67,6 +68,16 @@ def find_model(store: kvstore.Store, prefix: str) -> bytes:
             f"which fits {len(matching)}; stored are: {known}"
         )
     return matching[0].model
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def _json_default(value: object) -> object:

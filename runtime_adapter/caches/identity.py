@@ -53,6 +53,8 @@ def _digest(content: Any, *, what: str, person: bytes) -> bytes:
     digest = hashlib.blake2b(digest_size=_DIGEST_NBYTES, person=person)
     if isinstance(content, str) and what == "program":
         content = content.encode("utf-8")
+    if isinstance(content, Mapping) and not all(isinstance(name, str) for name in content):
+        raise InputError(f"fingerprint_of: expected {what} under names, found {list(content)[:3]}")
     if isinstance(content, Mapping) and content:
         for name in sorted(content):
             _add_tensor(digest, name, content[name])

@@ -149,6 +149,8 @@ def tensor_spec(
     Raises:
         InputError: the tensor cannot be stored, or is not of that kind.
     """
+    if not isinstance(name, str):
+        raise InputError(f"expected the names of tensors as text, found {name!r}")
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPE_ITEMSIZE_NBYTES:
         raise InputError(

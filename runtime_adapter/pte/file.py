@@ -112,8 +112,8 @@ class ProgramFile:
         return data if len(data) == nbytes else None
 
 
-def open_program(path: Path) -> BinaryIO:
-    """Open ``path`` for reading.
+def open_program(path: Path, *, suffix: str = ".pte") -> BinaryIO:
+    """Open ``path`` for reading; ``suffix`` says in messages what was expected there.
 
     Raises:
         NotAProgramError: missing, a directory, not a regular file, or not readable.
@@ -122,17 +122,17 @@ def open_program(path: Path) -> BinaryIO:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise NotAProgramError(
-                f"{path}: expected a .pte file, found a directory; name the file inside it"
+                f"{path}: expected a {suffix} file, found a directory; name the file inside it"
             )
         if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
             raise NotAProgramError(
-                f"{path}: expected a regular .pte file, found a device or pipe; name a file"
+                f"{path}: expected a regular {suffix} file, found a device or pipe; name a file"
             )
         stream = path.open("rb")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or str(error)
         raise NotAProgramError(
-            f"{path}: expected a .pte file, found: {reason}; check the path"
+            f"{path}: expected a {suffix} file, found: {reason}; check the path"
         ) from error
     return stream
 

@@ -93,11 +93,9 @@ def data_digest(path: Path) -> bytes:
 
 def _open(path: Path) -> BinaryIO:
     try:
-        return open_program(path)
+        return open_program(path, suffix=".ptd")
     except NotAProgramError as error:
-        raise ProgramDataError(
-            f"{path}: expected the .ptd data file of the program; {error}"
-        ) from error
+        raise ProgramDataError(str(error)) from error
 
 
 def _damaged(path: Path, found: str) -> ProgramDataError:

@@ -313,6 +313,8 @@ def test_something_else_in_the_copys_place_is_left_alone(tmp_path: Path) -> None
     before = copy.read_bytes()
     with pytest.raises(ProgramError, match="another program"):
         Model.open(programs.path("stock_fp32"), named_copy=copy)
+    with pytest.raises(InputError, match="another place than the program itself"):
+        Model.open(programs.path("stock_fp32"), named_copy=programs.path("stock_fp32"))
     assert copy.read_bytes() == before
     with pytest.raises(KVStoreError, match="folder"):
         Model.open(programs.path("stock_fp32"), named_copy=tmp_path / "none" / "copy.pte")

@@ -282,7 +282,7 @@ def test_weights_outside_the_program_must_be_given_and_be_its_own(tmp_path: Path
         analyze(path)
     with pytest.raises(ProgramDataError, match=r"expected a \.ptd"):
         analyze(path, data_path=path)
-    with pytest.raises(ProgramDataError, match="check the path"):
+    with pytest.raises(ProgramDataError, match=r"a \.ptd file, found: .*; check the path"):
         analyze(path, data_path=tmp_path / "missing.ptd")
     short = tmp_path / "short.ptd"
     short.write_bytes(data.read_bytes()[:-1000])

@@ -214,6 +214,9 @@ def test_specs_and_tensors_have_the_same_names() -> None:
         TensorCache(tensors, specs=[spec], fingerprint=MODEL)
     with pytest.raises(InputError, match="found list"):
         TensorCache({"layers.0.k": [1.0]}, specs=[spec], fingerprint=MODEL)
+    unnamed: Any = {7: tensors["layers.0.k"]}
+    with pytest.raises(InputError, match="as text, found 7"):
+        TensorCache.from_tensors(unnamed, token_axis=1, fingerprint=MODEL)
 
 
 # ----------------------------------------------------------------- fingerprints
@@ -248,6 +251,7 @@ def test_a_fingerprint_is_of_content_and_of_nothing_else(tmp_path: Path) -> None
         (b"", "found nothing"),
         ("llama-3.2-1b", "a name says nothing"),
         (7, "found int"),
+        ({7: torch.ones(3), "a": torch.ones(3)}, "under names"),
         ({"a": 1.0}, "expected a tensor for 'a', found float"),
         ({"a": torch.ones(2, 2).to_sparse()}, "plain numbers for 'a'"),
         (Path("missing.bin"), "missing.bin"),
