@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from kvstore import Held, TokenLog
 from kvstore.errors import CapacityError, InputError
 from kvstore.layout import LOGITS_ROLE, Fingerprint, Layout
+from runtime_adapter.caches.view import LayerView, TensorView
 
 if TYPE_CHECKING:
     import torch
 
 
-class LiveTensors(Mapping[str, "torch.Tensor"]):
+class LiveTensors(Mapping[str, TensorView]):
     """A ``LiveCache`` over one torch tensor for each of a layout's tensors.
 
     Invariants: ``len(tokens) <= capacity_n_tokens``; the tensors hold what the next step reads
@@ -25,9 +26,8 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
     ``i``, a ring its window, recurrent state all of them at once. While ``taint`` is
     None, the content is exactly what the model computed or a store restored.
 
-    As a mapping it goes from tensor name to live tensor: ``cache[name]`` is zero-copy. Writing
-    into it changes the next step, unseen by the cache: use ``set``, or call ``mark_tainted``
-    yourself. Not thread-safe.
+    As a mapping it goes from a tensor's name to a live view of it; ``layer(5).k`` is another
+    way to one. ``revision`` grows with every change of what the cache holds. Not thread-safe.
     """
 
     __slots__ = (
@@ -36,6 +36,7 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
         "_initial",
         "_layout",
         "_log",
+        "_revision",
         "_snapshot",
         "_taint",
         "_views",
@@ -90,6 +91,7 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
             if not spec.kind.rules.has_token_content
         }
         self._log = TokenLog(layout)
+        self._revision = 0
         self._snapshot: tuple[int, ...] | None = ()
         self._taint: str | None = None
 
@@ -138,6 +140,11 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
         return None if view is None or not self.n_tokens else view.clone()
 
     @property
+    def revision(self) -> int:
+        """How often what the cache holds was changed: equal numbers, equal content."""
+        return self._revision
+
+    @property
     def taint(self) -> str | None:
         """Why the content is no longer exact, or None while it is."""
         return self._taint
@@ -152,7 +159,7 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
         """
         import torch
 
-        view = self[self._layout.tensors[index].name]
+        view = self.live(self._layout.tensors[index].name)
         # As uint8, because numpy has no bfloat16. The array holds on to the view's storage.
         return view.reshape(-1).view(torch.uint8).numpy().data
 
@@ -173,7 +180,7 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
         if type(n_tokens) is not int or n_tokens < 0:
             raise InputError(f"truncate: expected a length of at least 0, found {n_tokens!r}")
         self._log.truncate(n_tokens)
-        self._snapshot = None
+        self._changed()
         if n_tokens == 0:
             for name, initial in self._initial.items():
                 if initial is None:
@@ -210,7 +217,7 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
                 )
             view.copy_(logits)
         self._log.extend(tokens)
-        self._snapshot = None
+        self._changed()
 
     def adopt(self, tokens: Sequence[int]) -> None:
         """Record that the buffers now hold what ``tokens`` require, put there by a load.
@@ -220,7 +227,7 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
         """
         self.check_open()
         self._log.adopt(tokens)
-        self._snapshot = None
+        self._changed()
 
     def set(self, name: str, tensor: torch.Tensor) -> None:
         """Copy ``tensor`` over the live tensor ``name`` and mark the cache as tainted.
@@ -253,13 +260,42 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
     def mark_tainted(self, reason: str) -> None:
         """Say that the content is no longer what the model computed, and why."""
         self.check_open()
+        self._revision += 1
         if self._taint is None:
             self._taint = reason
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def live(self, name: str) -> torch.Tensor:
+        """The live tensor ``name``, zero-copy; see ``TensorView.tensor``."""
         self.check_open()
         # An alias: what the caller does to the tensor object (resize_, set_) stays with the caller.
         return self._views[name].detach()
+
+    def layer(self, layer: int) -> LayerView:
+        """The tensors of one layer, by role.
+
+        Raises:
+            ClosedModelError: the model was closed.
+            InputError: there is no such layer.
+        """
+        self.check_open()
+        views = {
+            spec.role: TensorView(self, spec)
+            for spec in self._layout.tensors
+            if spec.layer == layer and spec.role != LOGITS_ROLE
+        }
+        if not views:
+            layers = sorted({spec.layer for spec in self._layout.tensors})
+            raise InputError(
+                f"expected a layer among {', '.join(map(str, layers))}, found {layer!r}"
+            )
+        return LayerView(layer, views)
+
+    def __getitem__(self, name: str) -> TensorView:
+        self.check_open()
+        for spec in self._layout.tensors:
+            if spec.name == name:
+                return TensorView(self, spec)
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter([spec.name for spec in self._layout.tensors])
@@ -279,6 +315,10 @@ class LiveTensors(Mapping[str, "torch.Tensor"]):
 
     def check_open(self) -> None:
         """Raise ClosedModelError if the tensors may not be used any more."""
+
+    def _changed(self) -> None:
+        self._revision += 1
+        self._snapshot = None
 
     def _logits_view(self) -> torch.Tensor | None:
         """The live tensor of role ``logits``; a layout has it last, or not at all."""

@@ -13,7 +13,7 @@ from runtime_adapter.caches.live import LiveTensors
 class PlannedCache(LiveTensors):
     """The live planned buffers of one loaded method.
 
-    ``cache[name]`` is of the planned shape and dtype, and stays readable after the model is
+    ``cache[name].tensor`` is of the planned shape and dtype, and stays readable after the model is
     closed or gone (it keeps the memory alive). For the rest see ``LiveTensors``.
     """
 

@@ -145,7 +145,7 @@ def _digest(model: Model) -> str:
     n_tokens = model.cache.n_tokens
     digest = hashlib.blake2b(digest_size=32)
     for spec in model.layout.tensors:
-        read = model.cache[spec.name]
+        read = model.cache.live(spec.name)
         if spec.token_axis is not None:
             read = read.index_select(spec.token_axis, torch.tensor(_slots(spec, n_tokens)))
         digest.update(read.contiguous().reshape(-1).view(torch.uint8).numpy().data)

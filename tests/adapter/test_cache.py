@@ -93,7 +93,7 @@ def test_a_buffer_is_the_live_tensors_bytes(cache: PlannedCache, k: Any) -> None
 
 
 def test_a_bfloat16_buffer_is_bytes_too(cache: PlannedCache) -> None:
-    cache["v"][0, 0, 0, 0] = 1
+    cache.live("v")[0, 0, 0, 0] = 1
     assert bytes(cache.buffer(1)[:2]) == bytes([0x80, 0x3F])
 
 
@@ -102,7 +102,7 @@ def test_it_maps_names_to_live_tensors_in_layout_order(cache: PlannedCache, k: A
     assert len(cache) == 2
     assert "k" in cache
     assert "other" not in cache
-    assert cache["k"].data_ptr() == k.data_ptr()
+    assert cache.live("k").data_ptr() == k.data_ptr()
     with pytest.raises(KeyError):
         cache["other"]
 
@@ -247,10 +247,10 @@ def test_a_tensor_that_does_not_fit_is_refused(
 def test_a_closed_cache_refuses_and_what_it_handed_out_stays_readable(
     cache: PlannedCache, k: Any
 ) -> None:
-    tensor, buffer = cache["k"], cache.buffer(0)
+    tensor, buffer = cache.live("k"), cache.buffer(0)
     cache.close()
     for use in (
-        lambda: cache["k"],
+        lambda: cache.live("k"),
         lambda: cache.buffer(0),
         lambda: cache.truncate(0),
         lambda: cache.extend([1]),
@@ -275,6 +275,6 @@ def test_views_that_are_not_the_layouts_are_refused() -> None:
 def test_what_a_caller_does_to_the_tensor_object_stays_with_the_caller(
     cache: PlannedCache, k: Any
 ) -> None:
-    cache["k"].set_(torch.ones(1))
-    assert cache["k"].data_ptr() == k.data_ptr()
-    assert tuple(cache["k"].shape) == (1, CAPACITY, 2, 3)
+    cache.live("k").set_(torch.ones(1))
+    assert cache.live("k").data_ptr() == k.data_ptr()
+    assert tuple(cache.live("k").shape) == (1, CAPACITY, 2, 3)

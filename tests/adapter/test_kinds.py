@@ -247,11 +247,11 @@ def test_a_tensor_of_the_first_step_is_not_stored_with_every_chunk(
             n_rows = {roles[tensor]: count for tensor, count in rows}
         # The newest one, and one in 2,048 tokens.
         assert n_rows == {"k": 25, "v": 25, "state": 2, "logits": 2}
-        topic = model.cache[model.layout.tensors[roles.index("state")].name].clone()
+        topic = model.cache.live(model.layout.tensors[roles.index("state")].name).clone()
         assert topic.any()
         model.cache.truncate(0)
         assert store.load_session(model.cache, name="chat").n_tokens == 200
-        assert torch.equal(model.cache[model.layout.tensors[roles.index("state")].name], topic)
+        assert torch.equal(model.cache.live(model.layout.tensors[roles.index("state")].name), topic)
 
 
 @pytest.mark.parametrize("name", each(FAST))

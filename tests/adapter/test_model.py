@@ -60,7 +60,7 @@ def prompt(n_tokens: int, *, seed: int = 0) -> list[int]:
 def rows(model: Model, n_tokens: int) -> list[Any]:
     """Copies of the first ``n_tokens`` rows of every tensor."""
     return [
-        model.cache[spec.name].narrow(spec.token_axis, 0, n_tokens).clone()
+        model.cache.live(spec.name).narrow(spec.token_axis, 0, n_tokens).clone()
         for spec in model.layout.tensors
     ]
 
@@ -353,7 +353,7 @@ from runtime_adapter import Model
 model = Model.open(sys.argv[1])
 model.forward(list(range(50)), start=0)
 name = list(model.cache)[0]
-k, part, buffer = model.cache[name], model.cache[name][0, :3], model.cache.buffer(0)
+k, part, buffer = model.cache.live(name), model.cache.live(name)[0, :3], model.cache.buffer(0)
 before = (float(k.sum()), float(part.sum()), bytes(buffer))
 if sys.argv[2] == "close":
     model.close()
@@ -375,7 +375,7 @@ def test_a_live_tensor_outlives_its_model(model: Model, run_python: Any, how: st
 
 
 def test_a_closed_model_refuses_everything(model: Model) -> None:
-    tensor = model.cache[next(iter(model.cache))]
+    tensor = model.cache.live(next(iter(model.cache)))
     model.forward([1, 2], start=0)
     model.close()
     model.close()
@@ -383,7 +383,7 @@ def test_a_closed_model_refuses_everything(model: Model) -> None:
     for use in (
         lambda: model.forward([1], start=2),
         lambda: model.cache.buffer(0),
-        lambda: model.cache[next(iter(model.cache))],
+        lambda: model.cache.live(next(iter(model.cache))),
         lambda: model.cache.truncate(0),
     ):
         with pytest.raises(ClosedModelError):
@@ -394,7 +394,7 @@ def test_a_closed_model_refuses_everything(model: Model) -> None:
 def test_a_set_tensor_taints_until_the_cache_is_empty(model: Model) -> None:
     model.forward([1, 2, 3], start=0)
     name = next(iter(model.cache))
-    model.cache.set(name, torch.zeros_like(model.cache[name]))
+    model.cache.set(name, torch.zeros_like(model.cache.live(name)))
     assert model.cache.taint is not None
     model.forward([4], start=3)
     assert model.cache.taint is not None

@@ -34,7 +34,7 @@ def compute(cache: TensorCache, tokens: list[int]) -> None:
     """A model: slot ``p`` of every tensor holds the token at ``p``."""
     for token in tokens:
         for name in cache:
-            cache[name][:, cache.n_tokens] = token
+            cache.live(name)[:, cache.n_tokens] = token
         cache.extend([token])
 
 
@@ -74,11 +74,11 @@ def test_no_more_is_loaded_than_the_caller_says_there_is_room_for(tmp_path: Path
 
 def test_a_step_may_return_new_tensors(tmp_path: Path) -> None:
     cache = TensorCache.from_tensors(two_tensors(), token_axis=1, fingerprint=MODEL)
-    old = cache["layers.0.k"]
+    old = cache.live("layers.0.k")
     new = {name: torch.full((1, N_SLOTS, 2, 3), 5.0) for name in cache}
     cache.replace(new)
     cache.extend([5])
-    assert cache["layers.0.k"].data_ptr() == new["layers.0.k"].data_ptr()
+    assert cache.live("layers.0.k").data_ptr() == new["layers.0.k"].data_ptr()
     with kvstore.open(tmp_path / "s.db") as store:
         store.save_session(cache, [5])
         cache.truncate(0)
@@ -140,8 +140,8 @@ def test_every_kind_of_state_can_be_the_callers(tmp_path: Path) -> None:
         )
 
     def step(cache: TensorCache, token: int) -> None:
-        cache["layers.0.k"][0, cache.n_tokens % 8] = token
-        cache["layers.1.state"].add_(token)
+        cache.live("layers.0.k")[0, cache.n_tokens % 8] = token
+        cache.live("layers.1.state").add_(token)
         cache.extend([token], logits=torch.full((4,), float(token)))
 
     tokens = list(range(1, 21))
@@ -153,11 +153,11 @@ def test_every_kind_of_state_can_be_the_callers(tmp_path: Path) -> None:
         cache = make()
         hit = store.load_session(cache, name="chat")
     assert (hit.n_tokens, hit.has_logits) == (20, True)
-    assert cache["layers.0.k"].flatten().tolist() == [0, 18, 19, 20, 0, 0, 0, 0]
-    assert cache["layers.1.state"].tolist() == [211, 211, 211]
+    assert cache.live("layers.0.k").flatten().tolist() == [0, 18, 19, 20, 0, 0, 0, 0]
+    assert cache.live("layers.1.state").tolist() == [211, 211, 211]
     assert cache.logits.tolist() == [20] * 4
     cache.truncate(0)
-    assert cache["layers.1.state"].tolist() == [1, 1, 1]
+    assert cache.live("layers.1.state").tolist() == [1, 1, 1]
     with pytest.raises(CapacityError, match="room for 100"):
         cache.extend([1] * 101, logits=torch.zeros(4))
 
