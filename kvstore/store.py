@@ -103,6 +103,11 @@ class Store:
         return self._database.read_only
 
     @property
+    def chunk_n_tokens(self) -> int:
+        """Tokens in a full chunk."""
+        return self._chunk_n_tokens
+
+    @property
     def namespace(self) -> str:
         """The namespace of names and keys that this store works in."""
         return self._namespace

@@ -9,11 +9,15 @@ from runtime_adapter.caches.identity import ModelFingerprint, fingerprint_of
 from runtime_adapter.caches.planned import PlannedCache
 from runtime_adapter.caches.tensors import TensorCache, tensor_spec
 from runtime_adapter.model import Model
+from runtime_adapter.session import Sampler, Session, SessionResult
 
 __all__ = [
     "Model",
     "ModelFingerprint",
     "PlannedCache",
+    "Sampler",
+    "Session",
+    "SessionResult",
     "TensorCache",
     "fingerprint_of",
     "tensor_spec",

@@ -133,6 +133,11 @@ class Model:
         return self._cache.capacity_n_tokens
 
     @property
+    def piece_n_tokens(self) -> int:
+        """How many tokens ``forward`` computes at once at most; more come in several pieces."""
+        return _piece_n_tokens(self.layout, self._analysis.signature.max_n_tokens)
+
+    @property
     def vocab_size(self) -> int:
         """Number of logits; token ids are below it."""
         return self._analysis.signature.vocab_size
@@ -146,6 +151,16 @@ class Model:
         """
         with self._lock:
             return self._cache.logits
+
+    def check_tokens(self, tokens: Iterable[Any]) -> list[int]:
+        """``tokens`` as ids that this model knows, in any form that ``forward`` takes.
+
+        Raises:
+            TokensError: they are none.
+        """
+        ids = token_ids(tokens)
+        _check_vocabulary(ids, vocab_size=self.vocab_size)
+        return ids.tolist()
 
     def forward(self, tokens: Iterable[Any], *, start: int) -> torch.Tensor:
         """Compute ``tokens`` from position ``start`` on; logits of the last one, ``[vocab]``.
@@ -180,7 +195,7 @@ class Model:
                     f"it holds {start}, and {len(ids)} more do not fit; shorten the prompt, or "
                     "export the program with a larger export.max_context_length"
                 )
-            piece_n_tokens = _piece_n_tokens(self.layout, self._analysis.signature.max_n_tokens)
+            piece_n_tokens = self.piece_n_tokens
             *pieces, last = [
                 ids[first : first + piece_n_tokens].tolist()
                 for first in range(0, len(ids), piece_n_tokens)

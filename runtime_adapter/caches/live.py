@@ -31,6 +31,7 @@ class LiveTensors(Mapping[str, TensorView]):
     """
 
     __slots__ = (
+        "__weakref__",
         "_capacity_n_tokens",
         "_fingerprint",
         "_initial",

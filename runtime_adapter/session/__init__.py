@@ -1,0 +1,7 @@
+"""Conversations: token ids as the truth, and a live cache that follows them."""
+
+from runtime_adapter.session.follower import SessionResult
+from runtime_adapter.session.sampler import Sampler
+from runtime_adapter.session.session import Session
+
+__all__ = ["Sampler", "Session", "SessionResult"]

@@ -1,0 +1,233 @@
+"""The live cache follows a conversation: from what is live, then the store, then by computing."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvstore import LoadResult, MissReason, Store
+from kvstore.errors import RewindError
+from kvstore.layout import LOGITS_ROLE
+from runtime_adapter.caches.live import LiveTensors
+from runtime_adapter.model import Model
+from runtime_adapter.session.conversation import Conversation
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE_N_TOKENS = 256
+"""Prompts are computed in pieces that end at multiples of this: equal prompts are then
+computed in equal pieces, and going back computes at most one piece again."""
+
+_holders: weakref.WeakKeyDictionary[LiveTensors, weakref.ref[Follower]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Whose tokens each live cache holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionResult:
+    """What a change of a conversation took.
+
+    Of its ``n_tokens``, ``n_live_tokens`` were in the live cache already, ``n_restored_tokens``
+    came from the store, ``n_computed_tokens`` were computed now. ``reason`` says why a
+    store that was asked did not have more.
+    """
+
+    n_tokens: int
+    n_live_tokens: int
+    n_restored_tokens: int
+    n_computed_tokens: int
+    reason: MissReason | None = None
+
+
+class Follower:
+    """Brings one model's cache to one conversation.
+
+    ``before_going_back`` is called before the cache forgets or overwrites anything;
+    ``after_a_piece`` after each piece that was computed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        store: Store | None,
+        conversation: Conversation,
+        *,
+        before_going_back: Callable[[], None],
+        after_a_piece: Callable[[], None],
+    ) -> None:
+        """Nothing is brought yet."""
+        self._model = model
+        self._store = store
+        self.conversation = conversation
+        self._before_going_back = before_going_back
+        self._after_a_piece = after_a_piece
+        self._seen: tuple[int, int] | None = None
+        self.logits: torch.Tensor | None = None
+        """Those after all tokens, if the cache is there."""
+
+    @property
+    def n_common_tokens(self) -> int:
+        """How many tokens at the start the live cache has of the conversation."""
+        cache, tokens = self._model.cache, self.conversation.tokens
+        if self.is_in_step:
+            return cache.n_tokens
+        if cache.taint is not None:
+            return 0
+        common = 0
+        for mine, live in zip(tokens, cache.tokens, strict=False):
+            if mine != live:
+                break
+            common += 1
+        return common
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether all that the cache holds is known to be the conversation's."""
+        return self._seen == (self._model.cache.revision, self.conversation.revision)
+
+    def compute(self, *, but_stored: bool = False) -> SessionResult:
+        """Bring the cache to all tokens, with the logits after them.
+
+        ``but_stored`` takes what the store has behind the last cut, in whatever pieces that was
+        computed.
+        """
+        conversation, cache = self.conversation, self._model.cache
+        n_tokens = len(conversation.tokens)
+        if self.is_in_step and cache.n_tokens == n_tokens and self.logits is not None:
+            return SessionResult(
+                n_tokens=n_tokens, n_live_tokens=n_tokens, n_restored_tokens=0, n_computed_tokens=0
+            )
+        has_logits = n_tokens in conversation.logits or self._keeps_logits
+        is_cut = conversation.cuts.at_or_before(n_tokens) == n_tokens
+        limit = n_tokens if has_logits and is_cut else n_tokens - 1
+        brought = self.bring(limit if but_stored else min(limit, conversation.cuts.last))
+        begun = cache.n_tokens
+        if begun == n_tokens:
+            self.logits = conversation.logits.get(n_tokens, self._model.logits)
+        self.feed(n_tokens)
+        return SessionResult(
+            n_tokens=n_tokens,
+            n_live_tokens=brought.n_live_tokens,
+            n_restored_tokens=brought.n_restored_tokens,
+            n_computed_tokens=n_tokens - begun,
+            reason=brought.reason,
+        )
+
+    def bring(self, limit: int) -> SessionResult:
+        """Bring the cache to a cut, ``limit`` at most: from what is live, or from the store.
+
+        With a ``limit`` behind the last cut, what the store has there is taken as it is.
+        """
+        self._take()
+        cache, cuts = self._model.cache, self.conversation.cuts
+        live = cuts.at_or_before(min(self.n_common_tokens, limit))
+        wanted = limit if limit > cuts.last else cuts.at_or_before(limit)
+        n_live = n_restored = 0
+        reason = None
+        if live == wanted and self._cut_back(live):
+            n_live = live
+        elif self._store is None or not wanted:
+            n_live = live if self._cut_back(live) else 0
+        else:
+            if not self._cut_back(live):  # or the load would keep a piece that is cut in two
+                cache.truncate(0)
+            hit = self._load(self._store, wanted)
+            reached = self._settle(hit)
+            n_live = min(hit.n_kept_tokens, reached)
+            n_restored, reason = reached - n_live, hit.reason
+        if cache.n_tokens != n_live + n_restored:
+            cache.truncate(0)
+        self._note()
+        return SessionResult(
+            n_tokens=len(self.conversation.tokens),
+            n_live_tokens=n_live,
+            n_restored_tokens=n_restored,
+            n_computed_tokens=0,
+            reason=reason,
+        )
+
+    def _settle(self, hit: LoadResult) -> int:
+        """Go back from where a load got to the cut before it; the length after that.
+
+        Where nothing was computed yet there is no cut: the load's end becomes one.
+        """
+        reached, cuts = hit.n_tokens, self.conversation.cuts
+        if reached >= cuts.last:
+            first = (cuts.last // PIECE_N_TOKENS + 1) * PIECE_N_TOKENS
+            for position in (*range(first, reached, PIECE_N_TOKENS), reached):
+                cuts.add(position)  # as a prompt is computed
+            return reached
+        cut = cuts.at_or_before(reached)
+        if cut != reached and not self._cut_back(cut):
+            # A ring, or recurrent state: only the store can go back.
+            again = self._load(self._store, cut) if self._store is not None and cut else None
+            if again is None or again.n_tokens != cut:
+                cut = 0
+                self._model.cache.truncate(0)
+        return cut
+
+    def feed(self, stop: int) -> None:
+        """Compute from where the cache is up to ``stop``, in the pieces of before, or new ones."""
+        model, cache, cuts = self._model, self._model.cache, self.conversation.cuts
+        piece_n_tokens = min(PIECE_N_TOKENS, model.piece_n_tokens)
+        while (start := cache.n_tokens) < stop:
+            border = (start // piece_n_tokens + 1) * piece_n_tokens
+            end = min(cuts.after(start) or border, border, stop)
+            self.logits = None
+            logits = model.forward(self.conversation.tokens[start:end], start=start)
+            cuts.add(end)
+            self._note()
+            self.logits = logits
+            self._after_a_piece()
+
+    def take(self) -> None:
+        """Become the one that the live cache follows, before a load by name."""
+        self._take()
+
+    @property
+    def _keeps_logits(self) -> bool:
+        return self._model.layout.tensors[-1].role == LOGITS_ROLE
+
+    def _cut_back(self, n_tokens: int) -> bool:
+        """Make the cache forget what is behind ``n_tokens``; False if it cannot."""
+        cache = self._model.cache
+        if n_tokens == cache.n_tokens:
+            return True
+        self._before_going_back()
+        try:
+            cache.truncate(n_tokens)
+        except RewindError:
+            return False
+        return True
+
+    def _load(self, store: Store, n_tokens: int) -> LoadResult:
+        """What the store has of the first ``n_tokens``."""
+        self._before_going_back()
+        # Without stored logits a load leaves the last token out: ask for one more.
+        asked = self.conversation.tokens[:n_tokens] + ([] if self._keeps_logits else [0])
+        return store.load_session(self._model.cache, asked)
+
+    def _note(self) -> None:
+        """What the cache holds now is the conversation's; logits are not at hand."""
+        self._seen = (self._model.cache.revision, self.conversation.revision)
+        self.logits = None
+
+    def _take(self) -> None:
+        cache = self._model.cache
+        cache.check_open()
+        holder = _holders.get(cache)
+        other = holder() if holder is not None else None
+        if other is not None and other is not self:
+            other.give()
+        _holders[cache] = weakref.ref(self)
+
+    def give(self) -> None:
+        """Store what only the live cache has, before another conversation takes it."""
+        self._before_going_back()
+        cache, store = self._model.cache, self._store
+        if store is not None and not store.read_only and self.is_in_step and cache.n_tokens:
+            store.save_session(cache, cache.tokens)

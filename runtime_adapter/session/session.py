@@ -1,0 +1,486 @@
+"""A conversation with a model: what people who build a chat use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from kvstore import MissReason, SaveResult, Store, token_ids
+from kvstore.errors import (
+    CapacityError,
+    InputError,
+    SessionConflictError,
+    SessionNotFoundError,
+)
+from runtime_adapter.model import Model
+from runtime_adapter.session.autosave import BackgroundSaver, Still
+from runtime_adapter.session.conversation import Conversation
+from runtime_adapter.session.follower import Follower, SessionResult
+from runtime_adapter.session.sampler import Sampler
+from runtime_adapter.session.state import STATE_KEY, pack_state, unpack_state
+
+if TYPE_CHECKING:
+    import torch
+
+Stop = Callable[[int], bool]
+
+
+class Session:
+    """A conversation. ``tokens`` is what was said; the model's cache holds it, or part of it.
+
+    Invariants: ``tokens`` is the truth, and the cache follows it: the tokens that it does not
+    hold (``pending``) are computed when the logits after them are asked for. ``cuts`` are the
+    positions where the pieces ended in which the tokens were computed. *Exact* means: bit for
+    bit what a fresh model computes from the same tokens in the same pieces.
+
+    Several sessions may share one model and take turns (see ``fork``); each brings its content
+    back when it is used. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        store: Store | None = None,
+        name: str | None = None,
+        *,
+        autosave: bool = False,
+        store_logits: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begin a conversation, or go on with the stored one of that ``name``.
+
+        With ``autosave``, what is computed is stored behind it, by a thread: a killed process
+        loses at most the chunk that was not complete. With ``store_logits``, the logits at
+        the starts of the last turns are saved too, so that ``regenerate`` after a restart
+        computes nothing. ``metadata`` is the application's own, saved with the session.
+
+        A stored conversation of another model keeps its ids and gets new keys and values.
+
+        Raises:
+            CapacityError: the stored conversation is longer than this model's cache.
+            InputError: ``name`` or ``autosave`` without a store, or the stored session holds no
+                conversation that can be gone on with.
+            StoreError: the file cannot be read.
+            TokensError: the stored ids are beyond this model's vocabulary.
+        """
+        if store is None and (name is not None or autosave):
+            raise InputError("Session: expected a store for name= and autosave=, found none")
+        self._model = model
+        self._store = store
+        self._name = name
+        self._store_logits = store_logits
+        self._replaces = False
+        self._saved_n_tokens = 0
+        self._is_closed = False
+        self._saver = BackgroundSaver(store) if store is not None and autosave else None
+        self._resumed: SessionResult | None = None
+        self._follower = Follower(
+            model,
+            store,
+            Conversation(),
+            before_going_back=self.flush,  # a save under way reads what would be overwritten
+            after_a_piece=self._autosave,
+        )
+        self.sampler = Sampler()
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        if store is not None and name is not None:
+            self._resume(store, name, has_metadata=metadata is not None)
+
+    # ------------------------------------------------------------------ what it holds
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        return self._model
+
+    @property
+    def name(self) -> str | None:
+        """The name that it is saved under."""
+        return self._name
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All token ids, position 0 first."""
+        return tuple(self._conversation.tokens)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many there are."""
+        return len(self._conversation.tokens)
+
+    @property
+    def n_cached_tokens(self) -> int:
+        """How many of them the live cache holds now; the others are ``pending``."""
+        return self._follower.n_common_tokens
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """The token ids that the live cache does not hold: sampled and not fed, or not loaded."""
+        return tuple(self._conversation.tokens[self.n_cached_tokens :])
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Where the pieces ended in which the tokens were computed, in ascending order."""
+        return tuple(self._conversation.cuts.positions)
+
+    @property
+    def turns(self) -> tuple[tuple[int, int], ...]:
+        """The generated stretches ``(start, stop)``, in order."""
+        return tuple(self._conversation.turns)
+
+    @property
+    def resumed(self) -> SessionResult | None:
+        """What of a stored conversation was restored when this session began; None for a new one.
+
+        Tokens of it that are neither live nor restored are pending.
+        """
+        return self._resumed
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Logits of the next token, float32 ``[vocab]``; computes what is pending.
+
+        Raises:
+            InputError: there are no tokens yet.
+            ProgramError: the runtime stopped.
+        """
+        self._check_open()
+        return self._computed_logits().clone()
+
+    # ------------------------------------------------------------------ going on
+
+    def append(self, tokens: Iterable[Any]) -> SessionResult:
+        """Add ``tokens``, and compute what is neither live nor stored.
+
+        Raises:
+            CapacityError: the cache has no room for so many; nothing was added.
+            ProgramError: the runtime stopped; nothing was added.
+            TokensError: the ids are not usable; nothing was added.
+        """
+        self._check_open()
+        ids = self._model.check_tokens(tokens)
+        before = self.n_tokens
+        self._check_room(before + len(ids))
+        self._conversation.tokens += ids
+        try:
+            return self._follower.compute(but_stored=True)
+        except BaseException:
+            self._conversation.forget_after(before)
+            raise
+
+    def generate(
+        self,
+        max_new_tokens: int | None = None,
+        *,
+        sampler: Sampler | None = None,
+        stop: Iterable[int] | Stop = (),
+    ) -> Iterator[int]:
+        """Yield new tokens, each added to the conversation as it is chosen.
+
+        ``sampler`` stays the session's own from now on (the first is greedy), and its state is
+        saved, so that a resumed generation goes on as if never interrupted. ``stop`` are
+        token ids, or a function of one: the token that ends the turn is yielded, and
+        part of the conversation. Without ``max_new_tokens`` it goes on until the cache is full.
+        The last token that was yielded is pending: it is fed when the next one is needed.
+
+        Raises:
+            CapacityError: the cache is full before ``max_new_tokens``.
+            InputError: an argument is not usable, or there are no tokens to go on from.
+            ProgramError: the runtime stopped; what was yielded is in the conversation.
+        """
+        self._check_open()
+        if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
+            raise InputError(
+                f"generate: expected max_new_tokens of 0 or more, found {max_new_tokens!r}"
+            )
+        if sampler is not None and not isinstance(sampler, Sampler):
+            raise InputError(f"generate: expected a Sampler, found {type(sampler).__name__}")
+        if not self.n_tokens:
+            raise InputError("generate: expected a conversation with tokens, found an empty one")
+        self.sampler = sampler or self.sampler
+        stops = stop if callable(stop) else _among(stop)
+        return self._generate(max_new_tokens, stops)
+
+    def _generate(self, max_new_tokens: int | None, stops: Stop) -> Iterator[int]:
+        turn_start = None
+        n_new = 0
+        while max_new_tokens is None or n_new < max_new_tokens:
+            self._check_open()
+            if max_new_tokens is None and self.n_tokens > self._model.capacity_n_tokens:
+                return
+            self._check_room(self.n_tokens)
+            logits = self._computed_logits()
+            if turn_start is None:
+                turn_start = self.n_tokens
+                self._conversation.keep_logits(logits)
+            token = self.sampler.pick(logits)
+            self._conversation.add_generated(token, turn_start=turn_start)
+            n_new += 1
+            yield token
+            if stops(token):
+                return
+
+    # ------------------------------------------------------------------ going back
+
+    def rewind(self, *, to: int) -> SessionResult:
+        """Forget the tokens from position ``to`` on. Exact.
+
+        The logits that follow are those of a fresh run that stopped there, in the same
+        pieces: a piece that ``to`` cuts in two is computed again up to it.
+
+        Raises:
+            InputError: ``to`` is not a length from 0 to ``n_tokens``.
+            ProgramError: the runtime stopped; tokens are pending.
+        """
+        self._check_open()
+        _check_position("rewind", to, stop=self.n_tokens)
+        self._conversation.forget_after(to)
+        return self._recomputed()
+
+    def regenerate(self) -> SessionResult:
+        """Go back to the start of the last generated turn, ready to generate another. Exact.
+
+        A sampler goes on in its sequence of random numbers, so that the new turn differs.
+
+        Raises:
+            InputError: nothing was generated.
+            ProgramError: the runtime stopped; tokens are pending.
+        """
+        if not self.turns:
+            raise InputError("regenerate: expected a generated turn, found none; generate first")
+        return self.rewind(to=self.turns[-1][0])
+
+    def replace(self, start: int, stop: int, tokens: Iterable[Any]) -> SessionResult:
+        """Put ``tokens`` in place of ``[start, stop)``; computes them and what followed. Exact.
+
+        What lies before ``start`` stays, but for the piece that ``start`` cuts in two. No
+        ``tokens`` at all cut the range out.
+
+        Raises:
+            CapacityError: the cache has no room for the result; nothing was changed.
+            InputError: no such range; nothing was changed.
+            ProgramError: the runtime stopped; tokens are pending.
+            TokensError: the ids are not usable; nothing was changed.
+        """
+        self._check_open()
+        _check_position("replace", stop, stop=self.n_tokens)
+        _check_position("replace", start, stop=stop)
+        new = list(tokens)
+        ids = self._model.check_tokens(new) if new else []
+        self._check_room(self.n_tokens + len(ids) - (stop - start))
+        self._conversation.replace(start, stop, ids)
+        return self._recomputed()
+
+    def fork(self, name: str | None = None) -> Session:
+        """Another conversation with the same past, on the same model. Costs a row in the store.
+
+        The two take turns with the live cache; what the other does not have in common with
+        the one before is restored from the store (or computed again without one).
+
+        Raises:
+            InputError: a name without a store.
+            SessionConflictError: the name is taken.
+            StoreError: the file cannot be written.
+        """
+        self._check_open()
+        if name is not None:
+            if self._store is None:
+                raise InputError("fork: expected a store for a named fork, found none")
+            if any(info.name == name for info in self._store.sessions()):
+                raise SessionConflictError(
+                    f"fork: expected a new name, found a session {name!r}; choose another, or "
+                    "delete it first"
+                )
+            self._save(self._store, name=name)
+        other = Session(
+            self._model,
+            self._store,
+            autosave=self._saver is not None,
+            store_logits=self._store_logits,
+            metadata=self.metadata,
+        )
+        other._begin(self._conversation.copy(), name=name, sampler=self.sampler.copy())
+        return other
+
+    # ------------------------------------------------------------------ keeping it
+
+    def save(self) -> SaveResult:
+        """Store the conversation, under its name if it has one.
+
+        Raises:
+            InputError: there is no store, or there are no tokens.
+            SessionConflictError: another process saved it since.
+            StoreError: the file cannot be written.
+        """
+        self._check_open()
+        if self._store is None:
+            raise InputError("save: expected a session with a store, found none")
+        return self._save(self._store, name=self._name)
+
+    def flush(self) -> None:
+        """Wait until what autosave has begun is in the file.
+
+        Raises:
+            KVStoreError: it could not be saved.
+        """
+        if self._saver is not None:
+            self._saver.wait()
+
+    def close(self) -> None:
+        """End its use. With ``autosave``, all of it is stored first; the model stays open.
+
+        Raises:
+            KVStoreError: it could not be saved.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._saver is None or self._store is None:
+            return
+        try:
+            self._saver.wait()
+            if self.n_tokens:
+                self._save(self._store, name=self._name)
+        finally:
+            self._saver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Session {self._name!r} of {self.n_tokens} tokens>"
+
+    # ------------------------------------------------------------------ the parts
+
+    @property
+    def _conversation(self) -> Conversation:
+        return self._follower.conversation
+
+    def _begin(self, conversation: Conversation, *, name: str | None, sampler: Sampler) -> None:
+        """Go on with ``conversation``."""
+        self._follower.conversation = conversation
+        self._name, self.sampler = name, sampler
+
+    def _resume(self, store: Store, name: str, *, has_metadata: bool) -> None:
+        self._follower.take()
+        try:
+            hit = store.load_session(self._model.cache, name=name)
+        except SessionNotFoundError:
+            return
+        conversation, sampler, metadata = unpack_state(hit.metadata or {}, list(hit.tokens))
+        self._model.check_tokens(conversation.tokens)
+        self._check_room(len(conversation.tokens))
+        # Of another model only the words are left: it computed in its own pieces.
+        self._replaces = hit.reason in (MissReason.OTHER_MODEL, MissReason.OTHER_LAYOUT)
+        if self._replaces:
+            conversation.cuts.forget_after(0)
+            conversation.logits.clear()
+        if not has_metadata:
+            self.metadata = metadata
+        self._begin(conversation, name=name, sampler=sampler)
+        self._saved_n_tokens = hit.n_tokens
+        self._resumed = SessionResult(
+            n_tokens=self.n_tokens,
+            n_live_tokens=hit.n_kept_tokens,
+            n_restored_tokens=hit.n_tokens - hit.n_kept_tokens,
+            n_computed_tokens=0,
+            reason=hit.reason,
+        )
+        if not self._replaces:
+            # A load leaves the last token out, since its logits are not stored: it goes on to it.
+            self._follower.bring(len(hit.tokens))
+
+    def _computed_logits(self) -> torch.Tensor:
+        if not self.n_tokens:
+            raise InputError("Session: expected tokens, found an empty conversation; append some")
+        self._follower.compute()
+        if self._follower.logits is None:
+            raise InputError("Session: expected logits after computing, found none; report this")
+        return self._follower.logits
+
+    def _recomputed(self) -> SessionResult:
+        """The conversation was changed: the cache follows."""
+        return self._follower.compute() if self.n_tokens else self._follower.bring(0)
+
+    def _metadata(self, n_cached_tokens: int) -> dict[str, Any]:
+        """What a save of the first ``n_cached_tokens`` says beside them."""
+        if STATE_KEY in self.metadata:
+            raise InputError(f"metadata: expected no key {STATE_KEY!r}: it is the session's own")
+        state = pack_state(
+            self._conversation,
+            self.sampler,
+            n_stored_tokens=n_cached_tokens,
+            with_logits=self._store_logits,
+        )
+        return {**self.metadata, STATE_KEY: state}
+
+    def _save(self, store: Store, *, name: str | None) -> SaveResult:
+        if not self.n_tokens:
+            raise InputError("save: expected a conversation with tokens, found an empty one")
+        self.flush()
+        cache = self._model.cache
+        if not self._follower.is_in_step or not cache.n_tokens:
+            n_computed = self._conversation.cuts.last or self.n_tokens
+            self._follower.bring(n_computed)
+            self._follower.feed(n_computed)
+        n_tokens = cache.n_tokens
+        saved = store.save_session(
+            cache,
+            self._conversation.tokens[:n_tokens],
+            name=name,
+            metadata=self._metadata(n_tokens),
+            replace=self._replaces and name == self._name,
+        )
+        if name == self._name:
+            self._replaces, self._saved_n_tokens = False, n_tokens
+        return saved
+
+    def _autosave(self) -> None:
+        """Behind every chunk that became complete, if the save before has ended."""
+        saver, store, n_tokens = self._saver, self._store, self._model.cache.n_tokens
+        if saver is None or store is None:
+            return
+        saver.check()
+        chunk_n_tokens = store.chunk_n_tokens
+        if saver.is_busy or n_tokens // chunk_n_tokens <= self._saved_n_tokens // chunk_n_tokens:
+            return
+        saver.submit(
+            Still(self._model.cache),
+            name=self._name,
+            metadata=self._metadata(n_tokens),
+            replace=self._replaces,
+        )
+        self._replaces, self._saved_n_tokens = False, n_tokens
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise InputError("Session: expected an open one, found that it was closed")
+        self._model.cache.check_open()
+        if self._saver is not None:
+            self._saver.check()
+
+    def _check_room(self, n_tokens: int) -> None:
+        if n_tokens > self._model.capacity_n_tokens:
+            raise CapacityError(
+                f"Session: the cache has room for {self._model.capacity_n_tokens} tokens, found "
+                f"{n_tokens}; shorten the conversation, or export with a larger context"
+            )
+
+
+def _among(stop: Iterable[int]) -> Stop:
+    ids = list(stop)
+    return frozenset(token_ids(ids).tolist() if ids else ()).__contains__
+
+
+def _check_position(what: str, position: int, *, stop: int) -> None:
+    if type(position) is not int or not 0 <= position <= stop:
+        raise InputError(f"{what}: expected a position from 0 to {stop}, found {position!r}")
