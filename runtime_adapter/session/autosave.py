@@ -88,7 +88,7 @@ class Still:
 class BackgroundSaver:
     """Saves one session, one save at a time, on a thread of its own.
 
-    An error is kept until ``check`` or ``wait`` raises it, once.
+    An error is kept until ``check`` or ``wait`` raises it, once; until then nothing is saved.
     """
 
     def __init__(self, store: Store) -> None:
@@ -96,21 +96,15 @@ class BackgroundSaver:
         self._store = store
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvstore-autosave")
         self._running: Future[Any] | None = None
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a save is under way."""
-        return self._running is not None and not self._running.done()
+        self._error: Exception | None = None
 
     def submit(
         self, still: Still, *, name: str | None, metadata: Mapping[str, Any], replace: bool
-    ) -> None:
-        """Save ``still``; waits for the save before it.
-
-        Raises:
-            KVStoreError: that one failed.
-        """
-        self.wait()
+    ) -> bool:
+        """Save ``still`` from now on; False if an error waits to be raised."""
+        self.settle()
+        if self._error is not None:
+            return False
         self._running = self._thread.submit(
             self._store.save_session,
             still,
@@ -119,21 +113,32 @@ class BackgroundSaver:
             metadata=metadata,
             replace=replace,
         )
+        return True
+
+    def settle(self) -> None:
+        """Wait for the save under way; its error is kept."""
+        if self._running is None:
+            return
+        try:
+            self._running.result()
+        except Exception as error:  # noqa: BLE001  whatever it is, the next call raises it
+            self._error = error
+        self._running = None  # not before: an interrupted wait must not forget a running save
 
     def check(self) -> None:
-        """Raise what a finished save raised."""
-        if not self.is_busy:
-            self.wait()
+        """Raise the error of a save that has ended."""
+        if self._running is not None and self._running.done():
+            self.settle()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def wait(self) -> None:
-        """Wait for the save under way, and raise what it raised."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        """Wait for the save under way, and raise its error."""
+        self.settle()
+        self.check()
 
     def close(self) -> None:
-        """Wait for the save under way; raises what it raised."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown(wait=True)
+        """Wait for the save under way, and end the thread."""
+        self.settle()
+        self._thread.shutdown(wait=True)

@@ -50,8 +50,9 @@ class Session:
     ) -> None:
         """Begin a conversation, or go on with the stored one of that ``name``.
 
-        With ``autosave``, what is computed is stored behind it, by a thread: a killed process
-        loses at most the chunk that was not complete. With ``store_logits``, the logits at
+        With ``autosave``, what is computed is stored behind it, by a thread, whenever a chunk is
+        complete: a killed process loses the unfinished chunk, and the one before it only if that
+        was completed by the very last piece. With ``store_logits``, the logits at
         the starts of the last turns are saved too, so that ``regenerate`` after a restart
         computes nothing. ``metadata`` is the application's own, saved with the session.
 
@@ -79,7 +80,7 @@ class Session:
             model,
             store,
             Conversation(),
-            before_going_back=self.flush,  # a save under way reads what would be overwritten
+            before_going_back=self._settle,  # a save under way reads what would be overwritten
             after_a_piece=self._autosave,
         )
         self.sampler = Sampler()
@@ -236,6 +237,7 @@ class Session:
         self._check_open()
         _check_position("rewind", to, stop=self.n_tokens)
         self._conversation.forget_after(to)
+        self._saved_n_tokens = min(self._saved_n_tokens, to)
         return self._recomputed()
 
     def regenerate(self) -> SessionResult:
@@ -270,6 +272,7 @@ class Session:
         ids = self._model.check_tokens(new) if new else []
         self._check_room(self.n_tokens + len(ids) - (stop - start))
         self._conversation.replace(start, stop, ids)
+        self._saved_n_tokens = min(self._saved_n_tokens, start)
         return self._recomputed()
 
     def fork(self, name: str | None = None) -> Session:
@@ -426,7 +429,7 @@ class Session:
     def _save(self, store: Store, *, name: str | None) -> SaveResult:
         if not self.n_tokens:
             raise InputError("save: expected a conversation with tokens, found an empty one")
-        self.flush()
+        self._settle()
         cache = self._model.cache
         if not self._follower.is_in_step or not cache.n_tokens:
             n_computed = self._conversation.cuts.last or self.n_tokens
@@ -444,22 +447,26 @@ class Session:
             self._replaces, self._saved_n_tokens = False, n_tokens
         return saved
 
+    def _settle(self) -> None:
+        if self._saver is not None:
+            self._saver.settle()
+
     def _autosave(self) -> None:
-        """Behind every chunk that became complete, if the save before has ended."""
+        """Behind every chunk that became complete; never more than one piece behind."""
         saver, store, n_tokens = self._saver, self._store, self._model.cache.n_tokens
         if saver is None or store is None:
             return
-        saver.check()
+        saver.settle()
         chunk_n_tokens = store.chunk_n_tokens
-        if saver.is_busy or n_tokens // chunk_n_tokens <= self._saved_n_tokens // chunk_n_tokens:
+        if n_tokens // chunk_n_tokens <= self._saved_n_tokens // chunk_n_tokens:
             return
-        saver.submit(
+        if saver.submit(
             Still(self._model.cache),
             name=self._name,
             metadata=self._metadata(n_tokens),
             replace=self._replaces,
-        )
-        self._replaces, self._saved_n_tokens = False, n_tokens
+        ):
+            self._replaces, self._saved_n_tokens = False, n_tokens
 
     def _check_open(self) -> None:
         if self._is_closed:
