@@ -78,6 +78,12 @@ class TokenLog:
         self._tokens.extend(tokens)
         self._peak_n_tokens = max(self._peak_n_tokens, len(self._tokens))
 
+    def restore(self, tokens: Sequence[int], held: Held) -> None:
+        """The buffers are again as they were when the log said this."""
+        self._tokens = array("Q", tokens)
+        self._peak_n_tokens = held.peak_n_tokens
+        self._restored_n_tokens = held.restored_n_tokens
+
     def adopt(self, tokens: Sequence[int]) -> None:
         """A load put in place what ``tokens`` require."""
         self._tokens = array("Q", tokens)

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvstore import Held, TokenLog
-from kvstore.errors import CapacityError, InputError
+from kvstore.errors import CapacityError, InputError, RewindError
 from kvstore.layout import LOGITS_ROLE, Fingerprint, Layout
+from runtime_adapter.caches.still import Still
 from runtime_adapter.caches.view import LayerView, TensorView
 
 if TYPE_CHECKING:
@@ -228,6 +229,26 @@ class LiveTensors(Mapping[str, TensorView]):
         """
         self.check_open()
         self._log.adopt(tokens)
+        self._changed()
+
+    def go_back(self, still: Still) -> None:
+        """Be again what the cache was when ``still`` was taken, rings and recurrent state too.
+
+        Raises:
+            ClosedModelError: the model was closed.
+            RewindError: the cache does not hold the tokens of ``still`` any more, or is tainted.
+        """
+        self.check_open()
+        n_tokens = len(still.tokens)
+        if self._taint is not None or self.tokens[:n_tokens] != still.tokens:
+            raise RewindError(
+                f"go_back: expected a cache that still holds the {n_tokens} tokens of then, found "
+                "others; load them, or compute them again"
+            )
+        for index, spec in enumerate(self._layout.tensors):
+            if not spec.kind.rules.is_whole:
+                self.buffer(index)[:] = still.buffer(index)
+        self._log.restore(still.tokens, still.held)
         self._changed()
 
     def set(self, name: str, tensor: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from kvstore import LoadResult, MissReason, Store
 from kvstore.errors import RewindError
 from kvstore.layout import LOGITS_ROLE
 from runtime_adapter.caches.live import LiveTensors
+from runtime_adapter.caches.still import Still
 from runtime_adapter.model import Model
 from runtime_adapter.session.conversation import Conversation
 
@@ -66,6 +68,7 @@ class Follower:
         self._before_going_back = before_going_back
         self._after_a_piece = after_a_piece
         self._seen: tuple[int, int] | None = None
+        self._still: Still | None = None
         self.logits: torch.Tensor | None = None
         """Those after all tokens, if the cache is there."""
 
@@ -124,6 +127,8 @@ class Follower:
         """
         self._take()
         cache, cuts = self._model.cache, self.conversation.cuts
+        if self._seen is None or self._seen[0] != cache.revision:
+            self._still = None  # somebody else moved the cache
         live = cuts.at_or_before(min(self.n_common_tokens, limit))
         wanted = limit if limit > cuts.last else cuts.at_or_before(limit)
         n_live = n_restored = 0
@@ -134,13 +139,13 @@ class Follower:
             n_live = live if self._cut_back(live) else 0
         else:
             if not self._cut_back(live):  # or the load would keep a piece that is cut in two
-                cache.truncate(0)
+                self._cut_back(0)
             hit = self._load(self._store, wanted)
             reached = self._settle(hit)
             n_live = min(hit.n_kept_tokens, reached)
             n_restored, reason = reached - n_live, hit.reason
         if cache.n_tokens != n_live + n_restored:
-            cache.truncate(0)
+            self._cut_back(0)
         self._note()
         return SessionResult(
             n_tokens=len(self.conversation.tokens),
@@ -167,7 +172,7 @@ class Follower:
             again = self._load(self._store, cut) if self._store is not None and cut else None
             if again is None or again.n_tokens != cut:
                 cut = 0
-                self._model.cache.truncate(0)
+                self._cut_back(0)
         return cut
 
     def feed(self, stop: int) -> None:
@@ -184,6 +189,11 @@ class Follower:
             self.logits = logits
             self._after_a_piece()
 
+    def remember(self) -> None:
+        """Keep what it takes to come back here: rings and recurrent state, of one place."""
+        if not self._model.layout.is_full:
+            self._still = Still(self._model.cache)
+
     def take(self) -> None:
         """Become the one that the live cache follows, before a load by name."""
         self._take()
@@ -198,15 +208,27 @@ class Follower:
         if n_tokens == cache.n_tokens:
             return True
         self._before_going_back()
+        still = self._still
+        if still is not None and n_tokens == len(still.tokens):
+            with contextlib.suppress(RewindError):
+                cache.go_back(still)
+                return True
         try:
             cache.truncate(n_tokens)
         except RewindError:
             return False
+        self._forget_still(n_tokens)
         return True
+
+    def _forget_still(self, n_tokens: int) -> None:
+        """The cache went back to ``n_tokens``: what comes behind may be computed otherwise."""
+        if self._still is not None and n_tokens < len(self._still.tokens):
+            self._still = None
 
     def _load(self, store: Store, n_tokens: int) -> LoadResult:
         """What the store has of the first ``n_tokens``."""
         self._before_going_back()
+        self._still = None
         # Without stored logits a load leaves the last token out: ask for one more.
         asked = self.conversation.tokens[:n_tokens] + ([] if self._keeps_logits else [0])
         return store.load_session(self._model.cache, asked)
@@ -228,6 +250,7 @@ class Follower:
     def give(self) -> None:
         """Store what only the live cache has, before another conversation takes it."""
         self._before_going_back()
+        self._still = None
         cache, store = self._model.cache, self._store
         if store is not None and not store.read_only and self.is_in_step and cache.n_tokens:
             store.save_session(cache, cache.tokens)

@@ -13,8 +13,9 @@ from kvstore.errors import (
     SessionConflictError,
     SessionNotFoundError,
 )
+from runtime_adapter.caches.still import Still
 from runtime_adapter.model import Model
-from runtime_adapter.session.autosave import BackgroundSaver, Still
+from runtime_adapter.session.autosave import BackgroundSaver
 from runtime_adapter.session.conversation import Conversation
 from runtime_adapter.session.follower import Follower, SessionResult
 from runtime_adapter.session.sampler import Sampler
@@ -215,6 +216,7 @@ class Session:
             if turn_start is None:
                 turn_start = self.n_tokens
                 self._conversation.keep_logits(logits)
+                self._follower.remember()
             token = self.sampler.pick(logits)
             self._conversation.add_generated(token, turn_start=turn_start)
             n_new += 1

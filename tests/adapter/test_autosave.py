@@ -93,7 +93,7 @@ def test_closing_saves_what_is_left(tmp_path):
 
 def test_a_still_shows_what_the_cache_held_then(tmp_path):
     """What is computed meanwhile changes nothing of a save under way: rings and states neither."""
-    from runtime_adapter.session.autosave import Still
+    from runtime_adapter.caches.still import Still
 
     for name in ("quantized_ring", "lfm2"):
         if not programs.is_available(name):

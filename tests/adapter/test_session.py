@@ -181,16 +181,20 @@ def test_rewind_takes_rings_and_states_from_the_store(store):
         same_as_fresh(model, session)
 
 
-def test_regenerate_goes_back_to_the_last_turn_and_computes_nothing(model, store):
-    session = Session(model, store)
+def test_regenerate_goes_back_to_the_last_turn_and_computes_nothing(session, model):
     session.append(WORDS[:30])
-    first = list(session.generate(6, sampler=Sampler(**DRAWN)))
-    session.save()
-    done = session.regenerate()
-    assert (session.tokens, session.turns) == (tuple(WORDS[:30]), ())
-    if model.layout.is_full:
-        assert done.n_computed_tokens == 0
-    assert list(session.generate(6)) != first
+    turns = [list(session.generate(60, sampler=Sampler(**DRAWN)))]
+    for _ in range(3):
+        done = session.regenerate()
+        assert (session.tokens, session.turns) == (tuple(WORDS[:30]), ())
+        assert (done.n_live_tokens, done.n_computed_tokens) == (30, 0)
+        turns.append(list(session.generate(60)))
+        assert turns[-1] not in turns[:-1]
+    same_as_fresh(model, session)
+    session.rewind(to=29)
+    session.append(WORDS[29:30])
+    list(session.generate(60))
+    session.regenerate()
     same_as_fresh(model, session)
 
 
