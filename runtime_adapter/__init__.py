@@ -9,9 +9,10 @@ from runtime_adapter.caches.identity import ModelFingerprint, fingerprint_of
 from runtime_adapter.caches.planned import PlannedCache
 from runtime_adapter.caches.tensors import TensorCache, tensor_spec
 from runtime_adapter.model import Model
-from runtime_adapter.session import Sampler, Session, SessionResult
+from runtime_adapter.session import ByteTokenizer, Sampler, Session, SessionResult, TextSession
 
 __all__ = [
+    "ByteTokenizer",
     "Model",
     "ModelFingerprint",
     "PlannedCache",
@@ -19,6 +20,7 @@ __all__ = [
     "Session",
     "SessionResult",
     "TensorCache",
+    "TextSession",
     "fingerprint_of",
     "tensor_spec",
 ]

@@ -3,5 +3,6 @@
 from runtime_adapter.session.follower import SessionResult
 from runtime_adapter.session.sampler import Sampler
 from runtime_adapter.session.session import Session
+from runtime_adapter.session.text import ByteTokenizer, TextSession
 
-__all__ = ["Sampler", "Session", "SessionResult"]
+__all__ = ["ByteTokenizer", "Sampler", "Session", "SessionResult", "TextSession"]
