@@ -9,13 +9,25 @@ from runtime_adapter.caches.identity import ModelFingerprint, fingerprint_of
 from runtime_adapter.caches.planned import PlannedCache
 from runtime_adapter.caches.tensors import TensorCache, tensor_spec
 from runtime_adapter.model import Model
-from runtime_adapter.session import ByteTokenizer, Sampler, Session, SessionResult, TextSession
+from runtime_adapter.session import (
+    ByteTokenizer,
+    LayerRope,
+    Pairing,
+    RopeSpec,
+    Sampler,
+    Session,
+    SessionResult,
+    TextSession,
+)
 
 __all__ = [
     "ByteTokenizer",
+    "LayerRope",
     "Model",
     "ModelFingerprint",
+    "Pairing",
     "PlannedCache",
+    "RopeSpec",
     "Sampler",
     "Session",
     "SessionResult",

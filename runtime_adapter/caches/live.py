@@ -7,6 +7,7 @@ common.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvstore import Held, TokenLog
@@ -17,6 +18,16 @@ from runtime_adapter.caches.view import LayerView, TensorView
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeCopy:
+    """Every byte of a cache, and what its log said."""
+
+    buffers: list[bytes]
+    tokens: tuple[int, ...]
+    held: Held
+    taint: tuple[str | None, int]
 
 
 class LiveTensors(Mapping[str, TensorView]):
@@ -41,6 +52,7 @@ class LiveTensors(Mapping[str, TensorView]):
         "_revision",
         "_snapshot",
         "_taint",
+        "_taint_start",
         "_views",
     )
 
@@ -96,6 +108,7 @@ class LiveTensors(Mapping[str, TensorView]):
         self._revision = 0
         self._snapshot: tuple[int, ...] | None = ()
         self._taint: str | None = None
+        self._taint_start = 0
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -151,6 +164,11 @@ class LiveTensors(Mapping[str, TensorView]):
         """Why the content is no longer exact, or None while it is."""
         return self._taint
 
+    @property
+    def exact_n_tokens(self) -> int:
+        """How many tokens at the start are exact; all of them while there is no ``taint``."""
+        return self.n_tokens if self._taint is None else self._taint_start
+
     def buffer(self, index: int) -> memoryview:
         """Writable bytes of tensor ``index``: C-contiguous, ``nbytes`` long, format ``B``.
 
@@ -169,7 +187,7 @@ class LiveTensors(Mapping[str, TensorView]):
         """Forget every token from position ``n_tokens`` on; 0 gives a clean, empty cache.
 
         Clean is what the tensors held at first: some programs never reset recurrent
-        state or slot positions by themselves.
+        state or slot positions by themselves. Going back to what is exact ends the ``taint``.
 
         Raises:
             CapacityError: the cache holds fewer tokens than that.
@@ -189,6 +207,7 @@ class LiveTensors(Mapping[str, TensorView]):
                     self._views[name].zero_()
                 else:
                     self._views[name].copy_(initial)
+        if n_tokens <= self._taint_start:
             self._taint = None
 
     def extend(self, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
@@ -279,12 +298,45 @@ class LiveTensors(Mapping[str, TensorView]):
         self.mark_tainted(f"tensor {name!r} was set by hand")
         live.copy_(tensor.detach())
 
-    def mark_tainted(self, reason: str) -> None:
-        """Say that the content is no longer what the model computed, and why."""
+    def mark_tainted(self, reason: str, *, start: int = 0) -> None:
+        """Say that the content of tokens from ``start`` on is not what the model computed."""
         self.check_open()
         self._revision += 1
-        if self._taint is None:
-            self._taint = reason
+        self._taint_start = start if self._taint is None else min(start, self._taint_start)
+        self._taint = self._taint or reason
+
+    def edit(self, tokens: Sequence[int], held: Held, *, start: int, reason: str) -> None:
+        """Say that the buffers hold ``tokens`` now, made by hand from ``start`` on.
+
+        Raises:
+            ClosedModelError: the model was closed.
+        """
+        self.mark_tainted(reason, start=start)
+        self._log.restore(tokens, held)
+        self._changed()
+
+    def copy_all(self) -> WholeCopy:
+        """A copy of all buffers, used or not, to put back after an experiment."""
+        self.check_open()
+        return WholeCopy(
+            buffers=[bytes(self.buffer(index)) for index in range(len(self))],
+            tokens=self.tokens,
+            held=self.held,
+            taint=(self._taint, self._taint_start),
+        )
+
+    def put_back(self, copy: WholeCopy) -> None:
+        """Be again what the cache was when ``copy`` was made.
+
+        Raises:
+            ClosedModelError: the model was closed.
+        """
+        self.check_open()
+        for index, content in enumerate(copy.buffers):
+            self.buffer(index)[:] = content
+        self._log.restore(copy.tokens, copy.held)
+        self._taint, self._taint_start = copy.taint
+        self._changed()
 
     def live(self, name: str) -> torch.Tensor:
         """The live tensor ``name``, zero-copy; see ``TensorView.tensor``."""

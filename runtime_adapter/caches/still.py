@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvstore import Held, LiveCache
 from kvstore.errors import InputError
-from kvstore.layout import Fingerprint, Layout
+from kvstore.layout import UNLIMITED_N_TOKENS, Fingerprint, Layout
 
 
 class Still:
@@ -17,14 +17,22 @@ class Still:
     back to before it.
     """
 
-    def __init__(self, cache: LiveCache) -> None:
-        """Copy what the next step will overwrite."""
+    def __init__(self, cache: LiveCache, *, n_tokens: int | None = None) -> None:
+        """Copy what the next step will overwrite.
+
+        With ``n_tokens``, it is a picture of the first ones of a cache that is exact that far;
+        of rings and recurrent state it then has nothing.
+        """
         self._layout = cache.layout
         self._fingerprint = cache.fingerprint
-        self._tokens = tuple(cache.tokens)
+        self._tokens = tuple(cache.tokens[:n_tokens])
         self._held = cache.held
-        self._capacity_n_tokens = cache.capacity_n_tokens
         self._taint = cache.taint
+        if n_tokens is not None:
+            gone = UNLIMITED_N_TOKENS  # whatever a ring held of these was overwritten since
+            self._held = Held(n_tokens=n_tokens, peak_n_tokens=gone)
+            self._taint = None
+        self._capacity_n_tokens = cache.capacity_n_tokens
         self._buffers = [
             cache.buffer(index)
             if spec.kind.rules.is_whole

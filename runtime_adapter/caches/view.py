@@ -87,12 +87,10 @@ class TensorView:
             ClosedModelError: the model was closed.
             InputError: not all of these positions are ``valid``, or shape or dtype differ.
         """
-        import torch
-
         live = self.tensor
         by_token = live[None] if self._spec.token_axis is None else self._by_token(live)
         expected = (list(by_token.shape[1:]), live.dtype)
-        if not isinstance(values, torch.Tensor):
+        if not hasattr(values, "detach"):
             raise InputError(
                 f"{self._spec.name}: expected a torch.Tensor, found {type(values).__name__}"
             )
@@ -101,12 +99,24 @@ class TensorView:
                 f"{self._spec.name}: expected {expected[1]} [n, "
                 f"{', '.join(map(str, expected[0]))}], found {values.dtype} {list(values.shape)}"
             )
-        slots = self._slots(start, start + len(values))
-        self._cache.mark_tainted(f"positions of {self._spec.name!r} were set by hand")
+        self._slots(start, start + len(values))
+        self._cache.mark_tainted(f"positions of {self._spec.name!r} were set by hand", start=start)
+        self.write(start, values)
+
+    def write(self, start: int, values: torch.Tensor) -> None:
+        """As ``set``, for whoever says himself what the cache holds then.
+
+        Raises:
+            ClosedModelError, InputError: as ``set``.
+        """
+        import torch
+
+        slots, live = self._slots(start, start + len(values)), self.tensor
         if self._spec.token_axis is None:
             live.copy_(values[0])
         else:
-            by_token.index_copy_(0, torch.tensor(slots, dtype=torch.int64), values.detach())
+            index = torch.tensor(slots, dtype=torch.int64)
+            self._by_token(live).index_copy_(0, index, values.detach())
 
     def __repr__(self) -> str:
         spec = self._spec

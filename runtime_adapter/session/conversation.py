@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvstore.layout import UNLIMITED_N_TOKENS
 from runtime_adapter.session.cuts import Cuts
 
 if TYPE_CHECKING:
@@ -18,20 +19,19 @@ class Conversation:
     """Token ids and what belongs to them; pure data.
 
     Invariants: ``cuts`` and the ends of ``turns`` are at most ``len(tokens)``; ``logits`` holds
-    float32 ``[vocab]`` by the number of tokens before them. ``revision`` grows when tokens
-    that were there are taken away.
+    float32 ``[vocab]`` by the number of tokens before them. ``unchanged_n_tokens`` at the
+    start are as they were when the follower last looked.
     """
 
     tokens: list[int] = field(default_factory=list)
     cuts: Cuts = field(default_factory=Cuts)
     turns: list[tuple[int, int]] = field(default_factory=list)
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
-    revision: int = 0
+    unchanged_n_tokens: int = UNLIMITED_N_TOKENS
 
     def forget_after(self, n_tokens: int) -> None:
         """Take away the tokens from ``n_tokens`` on."""
-        if n_tokens < len(self.tokens):
-            self.revision += 1
+        self.unchanged_n_tokens = min(self.unchanged_n_tokens, n_tokens)
         del self.tokens[n_tokens:]
         self.cuts.forget_after(n_tokens)
         turns = [(start, min(stop, n_tokens)) for start, stop in self.turns]
@@ -46,6 +46,20 @@ class Conversation:
         self.forget_after(start)
         self.tokens += tokens + after
         self.turns += moved
+
+    def strike(self, start: int, stop: int) -> None:
+        """Take ``[start, stop)`` out; what follows stays as computed, at other positions."""
+
+        def moved(position: int) -> int:
+            return min(position, start) if position < stop else position - (stop - start)
+
+        del self.tokens[start:stop]
+        positions = [at for at in self.cuts.positions if at <= start or at > stop]
+        self.cuts = Cuts(map(moved, positions))
+        turns = [(moved(first), moved(last)) for first, last in self.turns]
+        self.turns = [(first, last) for first, last in turns if first < last]
+        self.logits = {at: logits for at, logits in self.logits.items() if at <= start}
+        self.unchanged_n_tokens = min(self.unchanged_n_tokens, start)
 
     def add_generated(self, token: int, *, turn_start: int) -> None:
         """A token of the turn that began at ``turn_start``."""

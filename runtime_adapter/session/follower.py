@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from kvstore import LoadResult, MissReason, Store
 from kvstore.errors import RewindError
-from kvstore.layout import LOGITS_ROLE
+from kvstore.layout import LOGITS_ROLE, UNLIMITED_N_TOKENS
 from runtime_adapter.caches.live import LiveTensors
 from runtime_adapter.caches.still import Still
 from runtime_adapter.model import Model
 from runtime_adapter.session.conversation import Conversation
+from runtime_adapter.session.rope import RopeSpec
+from runtime_adapter.session.strike import check_kinds, rope_of, strike
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +69,7 @@ class Follower:
         self.conversation = conversation
         self._before_going_back = before_going_back
         self._after_a_piece = after_a_piece
-        self._seen: tuple[int, int] | None = None
+        self._seen: int | None = None
         self._still: Still | None = None
         self.logits: torch.Tensor | None = None
         """Those after all tokens, if the cache is there."""
@@ -76,12 +78,10 @@ class Follower:
     def n_common_tokens(self) -> int:
         """How many tokens at the start the live cache has of the conversation."""
         cache, tokens = self._model.cache, self.conversation.tokens
-        if self.is_in_step:
-            return cache.n_tokens
-        if cache.taint is not None:
-            return 0
+        if self._seen == cache.revision:
+            return min(cache.n_tokens, self.conversation.unchanged_n_tokens)
         common = 0
-        for mine, live in zip(tokens, cache.tokens, strict=False):
+        for mine, live in zip(tokens, cache.tokens[: cache.exact_n_tokens], strict=False):
             if mine != live:
                 break
             common += 1
@@ -90,7 +90,10 @@ class Follower:
     @property
     def is_in_step(self) -> bool:
         """Whether all that the cache holds is known to be the conversation's."""
-        return self._seen == (self._model.cache.revision, self.conversation.revision)
+        cache = self._model.cache
+        return (
+            self._seen == cache.revision and cache.n_tokens <= self.conversation.unchanged_n_tokens
+        )
 
     def compute(self, *, but_stored: bool = False) -> SessionResult:
         """Bring the cache to all tokens, with the logits after them.
@@ -127,7 +130,8 @@ class Follower:
         """
         self._take()
         cache, cuts = self._model.cache, self.conversation.cuts
-        if self._seen is None or self._seen[0] != cache.revision:
+        is_known = self._seen == cache.revision
+        if not is_known:
             self._still = None  # somebody else moved the cache
         live = cuts.at_or_before(min(self.n_common_tokens, limit))
         wanted = limit if limit > cuts.last else cuts.at_or_before(limit)
@@ -135,7 +139,7 @@ class Follower:
         reason = None
         if live == wanted and self._cut_back(live):
             n_live = live
-        elif self._store is None or not wanted:
+        elif self._store is None or not wanted or (is_known and cache.taint is not None):
             n_live = live if self._cut_back(live) else 0
         else:
             if not self._cut_back(live):  # or the load would keep a piece that is cut in two
@@ -194,6 +198,32 @@ class Follower:
         if not self._model.layout.is_full:
             self._still = Still(self._model.cache)
 
+    def check_strike(self) -> None:
+        """Raise UnsupportedStateError if nothing can be struck out of this cache."""
+        check_kinds(self._model.cache)
+
+    def strike(self, start: int, stop: int, given: RopeSpec | None) -> None:
+        """Take ``[start, stop)`` out of the conversation and out of the live cache.
+
+        Raises:
+            InputError, RewindError, UnsupportedStateError: it cannot be done; nothing was changed.
+        """
+        cache, conversation = self._model.cache, self.conversation
+        check_kinds(cache)
+        if not self.is_in_step:
+            self.compute()
+        self._before_going_back()
+        self._still = None
+        try:
+            rope = rope_of(self._model, given)
+        finally:  # it puts back what it found
+            self._note()
+        n_cached = cache.n_tokens
+        if start < n_cached:
+            strike(cache, rope, start, min(stop, n_cached))
+        conversation.strike(start, stop)
+        self._note()
+
     def take(self) -> None:
         """Become the one that the live cache follows, before a load by name."""
         self._take()
@@ -235,7 +265,8 @@ class Follower:
 
     def _note(self) -> None:
         """What the cache holds now is the conversation's; logits are not at hand."""
-        self._seen = (self._model.cache.revision, self.conversation.revision)
+        self._seen = self._model.cache.revision
+        self.conversation.unchanged_n_tokens = UNLIMITED_N_TOKENS
         self.logits = None
 
     def _take(self) -> None:
@@ -252,5 +283,7 @@ class Follower:
         self._before_going_back()
         self._still = None
         cache, store = self._model.cache, self._store
-        if store is not None and not store.read_only and self.is_in_step and cache.n_tokens:
+        if store is None or store.read_only or not self.is_in_step or cache.taint is not None:
+            return
+        if cache.n_tokens:
             store.save_session(cache, cache.tokens)

@@ -13,11 +13,14 @@ from kvstore.errors import (
     SessionConflictError,
     SessionNotFoundError,
 )
+from runtime_adapter.caches.live import LiveTensors
 from runtime_adapter.caches.still import Still
 from runtime_adapter.model import Model
 from runtime_adapter.session.autosave import BackgroundSaver
 from runtime_adapter.session.conversation import Conversation
 from runtime_adapter.session.follower import Follower, SessionResult
+from runtime_adapter.session.overflow import Overflow
+from runtime_adapter.session.rope import RopeSpec
 from runtime_adapter.session.sampler import Sampler
 from runtime_adapter.session.state import STATE_KEY, pack_state, unpack_state
 
@@ -75,6 +78,7 @@ class Session:
         self._replaces = False
         self._saved_n_tokens = 0
         self._is_closed = False
+        self._overflow: Overflow | None = None
         self._saver = BackgroundSaver(store) if store is not None and autosave else None
         self._resumed: SessionResult | None = None
         self._follower = Follower(
@@ -162,6 +166,7 @@ class Session:
         """
         self._check_open()
         ids = self._model.check_tokens(tokens)
+        self._make_room(len(ids))
         before = self.n_tokens
         self._check_room(before + len(ids))
         self._conversation.tokens += ids
@@ -211,6 +216,7 @@ class Session:
             self._check_open()
             if max_new_tokens is None and self.n_tokens > self._model.capacity_n_tokens:
                 return
+            self._make_room(0)
             self._check_room(self.n_tokens)
             logits = self._computed_logits()
             if turn_start is None:
@@ -276,6 +282,63 @@ class Session:
         self._conversation.replace(start, stop, ids)
         self._saved_n_tokens = min(self._saved_n_tokens, start)
         return self._recomputed()
+
+    def strike(self, start: int, stop: int, *, rope: RopeSpec | None = None) -> SessionResult:
+        """Drop the tokens ``[start, stop)`` without computing what follows again. Approximate.
+
+        What follows moves up, its keys turned back by the rotary embedding's difference in
+        angle. Its values, and its keys above the first layer, still come from a
+        computation that saw what is gone. Before ``start`` everything stays exact, and only that
+        is stored: a resumed session computes the rest anew, without what was struck out.
+
+        ``rope`` is measured on the model unless it is given; either way it is checked first.
+
+        Raises:
+            InputError: no such range (the first token stays), or ``rope`` does not fit.
+            ProgramError: the runtime stopped.
+            RewindError: a ring no longer has what would move into its window.
+            UnsupportedStateError: recurrent state, or keys that no rotation fits.
+        """
+        self._check_open()
+        _check_position("strike", stop, stop=self.n_tokens)
+        _check_position("strike", start, stop=stop)
+        if not 1 <= start < stop:
+            raise InputError(
+                f"strike: expected a range behind the first token, found [{start}, {stop}); use "
+                "replace to change the start"
+            )
+        self._follower.strike(start, stop, rope)
+        self._saved_n_tokens = min(self._saved_n_tokens, start)
+        return SessionResult(
+            n_tokens=self.n_tokens,
+            n_live_tokens=self.n_cached_tokens,
+            n_restored_tokens=0,
+            n_computed_tokens=0,
+        )
+
+    def keep_sink(
+        self,
+        n_sink: int,
+        window: int,
+        *,
+        told: Callable[[int, int], None] | None = None,
+        rope: RopeSpec | None = None,
+    ) -> None:
+        """From now on, make room by itself: keep the first ``n_sink`` tokens and a ``window``.
+
+        Where more than ``n_sink + window`` tokens would be needed, half of the window behind
+        the sink is struck out (see ``strike``), after ``told`` heard which range. As
+        llama.cpp's context shift.
+
+        Raises:
+            InputError: not at least 1 token and a window of 2 that fit into the cache.
+            UnsupportedStateError: nothing can be struck out of this model's cache.
+        """
+        self._check_open()
+        overflow = Overflow(n_sink=n_sink, window=window, told=told, rope=rope)
+        self._check_room(n_sink + window)
+        self._follower.check_strike()
+        self._overflow = overflow
 
     def fork(self, name: str | None = None) -> Session:
         """Another conversation with the same past, on the same model. Costs a row in the store.
@@ -412,6 +475,17 @@ class Session:
             raise InputError("Session: expected logits after computing, found none; report this")
         return self._follower.logits
 
+    def _make_room(self, n_tokens: int) -> None:
+        """Let ``keep_sink`` strike out what ``n_tokens`` more have no room beside."""
+        overflow = self._overflow
+        if overflow is None:
+            return
+        struck = overflow.plan(self.n_tokens, n_tokens)
+        if struck is not None:
+            if overflow.told is not None:
+                overflow.told(*struck)
+            self.strike(*struck, rope=overflow.rope)
+
     def _recomputed(self) -> SessionResult:
         """The conversation was changed: the cache follows."""
         return self._follower.compute() if self.n_tokens else self._follower.bring(0)
@@ -432,12 +506,14 @@ class Session:
         if not self.n_tokens:
             raise InputError("save: expected a conversation with tokens, found an empty one")
         self._settle()
-        cache = self._model.cache
-        if not self._follower.is_in_step or not cache.n_tokens:
+        cache: LiveTensors | Still = self._model.cache
+        if not self._follower.is_in_step or not len(cache.tokens):
             n_computed = self._conversation.cuts.last or self.n_tokens
             self._follower.bring(n_computed)
             self._follower.feed(n_computed)
-        n_tokens = cache.n_tokens
+        if cache.taint is not None:
+            cache = Still(self._model.cache, n_tokens=self._model.cache.exact_n_tokens)
+        n_tokens = len(cache.tokens)
         saved = store.save_session(
             cache,
             self._conversation.tokens[:n_tokens],
@@ -456,7 +532,7 @@ class Session:
     def _autosave(self) -> None:
         """Behind every chunk that became complete; never more than one piece behind."""
         saver, store, n_tokens = self._saver, self._store, self._model.cache.n_tokens
-        if saver is None or store is None:
+        if saver is None or store is None or self._model.cache.taint is not None:
             return
         saver.settle()
         chunk_n_tokens = store.chunk_n_tokens
