@@ -28,6 +28,7 @@ class WholeCopy:
     tokens: tuple[int, ...]
     held: Held
     taint: tuple[str | None, int]
+    cuts: tuple[list[int], bool]
 
 
 class LiveTensors(Mapping[str, TensorView]):
@@ -45,8 +46,10 @@ class LiveTensors(Mapping[str, TensorView]):
     __slots__ = (
         "__weakref__",
         "_capacity_n_tokens",
+        "_cuts",
         "_fingerprint",
         "_initial",
+        "_knows_cuts",
         "_layout",
         "_log",
         "_revision",
@@ -106,6 +109,8 @@ class LiveTensors(Mapping[str, TensorView]):
         }
         self._log = TokenLog(layout)
         self._revision = 0
+        self._cuts: list[int] = []
+        self._knows_cuts = True
         self._snapshot: tuple[int, ...] | None = ()
         self._taint: str | None = None
         self._taint_start = 0
@@ -155,6 +160,19 @@ class LiveTensors(Mapping[str, TensorView]):
         return None if view is None or not self.n_tokens else view.clone()
 
     @property
+    def cuts(self) -> Sequence[int]:
+        """Where the pieces ended in which the tokens were computed, in ascending order.
+
+        Up to where that is known: what a load brought is not, unless ``note_cuts`` says it.
+        """
+        return self._cuts
+
+    def note_cuts(self, cuts: Sequence[int]) -> None:
+        """Say in which pieces the tokens were computed that the cache holds now."""
+        self._cuts = list(cuts)
+        self._knows_cuts = True
+
+    @property
     def revision(self) -> int:
         """How often what the cache holds was changed: equal numbers, equal content."""
         return self._revision
@@ -200,6 +218,7 @@ class LiveTensors(Mapping[str, TensorView]):
         if type(n_tokens) is not int or n_tokens < 0:
             raise InputError(f"truncate: expected a length of at least 0, found {n_tokens!r}")
         self._log.truncate(n_tokens)
+        self._cut_back(n_tokens)
         self._changed()
         if n_tokens == 0:
             for name, initial in self._initial.items():
@@ -238,6 +257,8 @@ class LiveTensors(Mapping[str, TensorView]):
                 )
             view.copy_(logits)
         self._log.extend(tokens)
+        if self._knows_cuts:
+            self._cuts.append(self.n_tokens)
         self._changed()
 
     def adopt(self, tokens: Sequence[int]) -> None:
@@ -248,6 +269,7 @@ class LiveTensors(Mapping[str, TensorView]):
         """
         self.check_open()
         self._log.adopt(tokens)
+        self._cuts, self._knows_cuts = [], False
         self._changed()
 
     def go_back(self, still: Still) -> None:
@@ -268,6 +290,7 @@ class LiveTensors(Mapping[str, TensorView]):
             if not spec.kind.rules.is_whole:
                 self.buffer(index)[:] = still.buffer(index)
         self._log.restore(still.tokens, still.held)
+        self._cut_back(n_tokens)
         self._changed()
 
     def set(self, name: str, tensor: torch.Tensor) -> None:
@@ -313,6 +336,8 @@ class LiveTensors(Mapping[str, TensorView]):
         """
         self.mark_tainted(reason, start=start)
         self._log.restore(tokens, held)
+        self._cut_back(start)
+        self._knows_cuts = False
         self._changed()
 
     def copy_all(self) -> WholeCopy:
@@ -323,6 +348,7 @@ class LiveTensors(Mapping[str, TensorView]):
             tokens=self.tokens,
             held=self.held,
             taint=(self._taint, self._taint_start),
+            cuts=(list(self._cuts), self._knows_cuts),
         )
 
     def put_back(self, copy: WholeCopy) -> None:
@@ -336,6 +362,7 @@ class LiveTensors(Mapping[str, TensorView]):
             self.buffer(index)[:] = content
         self._log.restore(copy.tokens, copy.held)
         self._taint, self._taint_start = copy.taint
+        self._cuts, self._knows_cuts = list(copy.cuts[0]), copy.cuts[1]
         self._changed()
 
     def live(self, name: str) -> torch.Tensor:
@@ -389,6 +416,14 @@ class LiveTensors(Mapping[str, TensorView]):
 
     def check_open(self) -> None:
         """Raise ClosedModelError if the tensors may not be used any more."""
+
+    def _cut_back(self, n_tokens: int) -> None:
+        while self._cuts and self._cuts[-1] > n_tokens:
+            self._cuts.pop()
+            self._knows_cuts = True
+        # Within a piece: what is left of it was computed with the rest of it.
+        if n_tokens != (self._cuts[-1] if self._cuts else 0):
+            self._knows_cuts = False
 
     def _changed(self) -> None:
         self._revision += 1

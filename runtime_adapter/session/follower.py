@@ -134,6 +134,8 @@ class Follower:
         if not is_known:
             self._still = None  # somebody else moved the cache
         live = cuts.at_or_before(min(self.n_common_tokens, limit))
+        if not is_known:
+            live = min(live, self._n_agreed())
         wanted = limit if limit > cuts.last else cuts.at_or_before(limit)
         n_live = n_restored = 0
         reason = None
@@ -158,6 +160,17 @@ class Follower:
             n_computed_tokens=0,
             reason=reason,
         )
+
+    def _n_agreed(self) -> int:
+        """The last cut up to which what is live was computed in the conversation's pieces."""
+        agreed = 0
+        for mine, live in zip(
+            self.conversation.cuts.positions, self._model.cache.cuts, strict=False
+        ):
+            if mine != live:
+                break
+            agreed = mine
+        return agreed
 
     def _settle(self, hit: LoadResult) -> int:
         """Go back from where a load got to the cut before it; the length after that.
@@ -265,7 +278,10 @@ class Follower:
 
     def _note(self) -> None:
         """What the cache holds now is the conversation's; logits are not at hand."""
-        self._seen = self._model.cache.revision
+        cache, cuts = self._model.cache, self.conversation.cuts
+        self._seen = cache.revision
+        if cuts.at_or_before(cache.n_tokens) == cache.n_tokens and not cache.cuts:
+            cache.note_cuts([at for at in cuts.positions if at <= cache.n_tokens])
         self.conversation.unchanged_n_tokens = UNLIMITED_N_TOKENS
         self.logits = None
 
