@@ -36,7 +36,9 @@ class Session:
     Invariants: ``tokens`` is the truth, and the cache follows it: the tokens that it does not
     hold (``pending``) are computed when the logits after them are asked for. ``cuts`` are the
     positions where the pieces ended in which the tokens were computed. *Exact* means: bit for
-    bit what a fresh model computes from the same tokens in the same pieces.
+    bit what a fresh model computes from the same tokens in the same pieces. What a store restores
+    is bit for bit what was saved; where another conversation saved the same tokens first, in
+    other pieces, that differs in low bits.
 
     Several sessions may share one model and take turns (see ``fork``); each brings its content
     back when it is used. Not thread-safe.
@@ -78,6 +80,7 @@ class Session:
         self._replaces = False
         self._saved_n_tokens = 0
         self._is_closed = False
+        self._is_stored = False
         self._overflow: Overflow | None = None
         self._saver = BackgroundSaver(store) if store is not None and autosave else None
         self._resumed: SessionResult | None = None
@@ -316,6 +319,18 @@ class Session:
             n_computed_tokens=0,
         )
 
+    def shift(
+        self, n_tokens: int, *, n_sink: int = 1, rope: RopeSpec | None = None
+    ) -> SessionResult:
+        """Strike out the ``n_tokens`` oldest tokens behind the first ``n_sink``; see ``strike``.
+
+        Raises:
+            As ``strike``.
+        """
+        if {type(n_tokens), type(n_sink)} != {int}:
+            raise InputError(f"shift: expected whole numbers, found {n_tokens!r}, {n_sink!r}")
+        return self.strike(n_sink, n_sink + n_tokens, rope=rope)
+
     def keep_sink(
         self,
         n_sink: int,
@@ -410,6 +425,8 @@ class Session:
             self._saver.wait()
             if self.n_tokens:
                 self._save(self._store, name=self._name)
+            elif self._name is not None and self._is_stored:
+                self._store.delete_session(self._name)  # all of it was taken back
         finally:
             self._saver.close()
 
@@ -455,7 +472,7 @@ class Session:
         if not has_metadata:
             self.metadata = metadata
         self._begin(conversation, name=name, sampler=sampler)
-        self._saved_n_tokens = hit.n_tokens
+        self._saved_n_tokens, self._is_stored = hit.n_tokens, True
         self._resumed = SessionResult(
             n_tokens=self.n_tokens,
             n_live_tokens=hit.n_kept_tokens,
@@ -522,8 +539,11 @@ class Session:
             replace=self._replaces and name == self._name,
         )
         if name == self._name:
-            self._replaces, self._saved_n_tokens = False, n_tokens
+            self._saved(n_tokens)
         return saved
+
+    def _saved(self, n_tokens: int) -> None:
+        self._replaces, self._saved_n_tokens, self._is_stored = False, n_tokens, True
 
     def _settle(self) -> None:
         if self._saver is not None:
@@ -544,7 +564,7 @@ class Session:
             metadata=self._metadata(n_tokens),
             replace=self._replaces,
         ):
-            self._replaces, self._saved_n_tokens = False, n_tokens
+            self._saved(n_tokens)
 
     def _check_open(self) -> None:
         if self._is_closed:

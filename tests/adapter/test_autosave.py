@@ -91,6 +91,22 @@ def test_closing_saves_what_is_left(tmp_path):
         assert store.verify().ok
 
 
+def test_a_conversation_that_was_taken_back_whole_is_gone(tmp_path):
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        with Session(model, store, "chat", autosave=True) as session:
+            session.append(PROMPT)
+            session.flush()
+            session.rewind(to=0)
+        assert store.sessions() == []
+        with Session(model, store, "never said a word", autosave=True):
+            pass
+        assert store.sessions() == []
+        assert store.verify().ok
+
+
 def test_a_still_shows_what_the_cache_held_then(tmp_path):
     """What is computed meanwhile changes nothing of a save under way: rings and states neither."""
     from runtime_adapter.caches.still import Still

@@ -304,6 +304,17 @@ def test_ranges_that_cannot_be_struck_are_refused():
                 session.strike(start, stop)
 
 
+def test_shift_strikes_out_the_oldest_behind_the_sink():
+    with Model.open(programs.path("stock_fp32")) as model:
+        session = Session(model)
+        session.append(WORDS[:30])
+        session.shift(10, n_sink=4)
+        assert session.tokens == (*WORDS[:4], *WORDS[14:30])
+        for n_tokens, n_sink in ((0, 4), (30, 4), (3, 0), ("3", 4)):
+            with pytest.raises(InputError):
+                session.shift(n_tokens, n_sink=n_sink)
+
+
 def test_keep_sink_makes_room_and_tells():
     with Model.open(programs.path("stock_fp32")) as model:
         session = Session(model)
