@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvstore import LoadResult, MissReason, Store
-from kvstore.errors import RewindError
+from kvstore.errors import KVStoreError, RewindError
 from kvstore.layout import LOGITS_ROLE, UNLIMITED_N_TOKENS
 from runtime_adapter.caches.live import LiveTensors
 from runtime_adapter.caches.still import Still
@@ -128,7 +128,7 @@ class Follower:
 
         With a ``limit`` behind the last cut, what the store has there is taken as it is.
         """
-        self._take()
+        self.take()
         cache, cuts = self._model.cache, self.conversation.cuts
         is_known = self._seen == cache.revision
         if not is_known:
@@ -237,10 +237,6 @@ class Follower:
         conversation.strike(start, stop)
         self._note()
 
-    def take(self) -> None:
-        """Become the one that the live cache follows, before a load by name."""
-        self._take()
-
     @property
     def _keeps_logits(self) -> bool:
         return self._model.layout.tensors[-1].role == LOGITS_ROLE
@@ -285,7 +281,8 @@ class Follower:
         self.conversation.unchanged_n_tokens = UNLIMITED_N_TOKENS
         self.logits = None
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """Become the one that the live cache follows."""
         cache = self._model.cache
         cache.check_open()
         holder = _holders.get(cache)
@@ -295,11 +292,15 @@ class Follower:
         _holders[cache] = weakref.ref(self)
 
     def give(self) -> None:
-        """Store what only the live cache has, before another conversation takes it."""
+        """Store what only the live cache has, before another conversation takes it.
+
+        Best effort: what cannot be saved is computed again.
+        """
         self._before_going_back()
         self._still = None
         cache, store = self._model.cache, self._store
         if store is None or store.read_only or not self.is_in_step or cache.taint is not None:
             return
         if cache.n_tokens:
-            store.save_session(cache, cache.tokens)
+            with contextlib.suppress(KVStoreError):
+                store.save_session(cache, cache.tokens)

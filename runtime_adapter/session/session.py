@@ -384,6 +384,7 @@ class Session:
             metadata=self.metadata,
         )
         other._begin(self._conversation.copy(), name=name, sampler=self.sampler.copy())
+        other._is_stored = name is not None
         return other
 
     # ------------------------------------------------------------------ keeping it
@@ -422,7 +423,7 @@ class Session:
         if self._saver is None or self._store is None:
             return
         try:
-            self._saver.wait()
+            self._saver.settle()  # what failed to be saved is saved now
             if self.n_tokens:
                 self._save(self._store, name=self._name)
             elif self._name is not None and self._is_stored:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _SAMPLE_N_POSITIONS = 128
 _SAMPLE_N_TOKENS = 4
+_SAMPLE_N_TOKENS_SLOWLY = 2  # where every position is a call of its own
 # The largest difference allowed, as a part of the largest number, by the keys' dtype.
 _TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2, "int8": 4e-2}
 
@@ -193,8 +194,9 @@ def _sample(model: Model) -> dict[int, list[Any]]:
     before = cache.copy_all()
     samples: dict[int, list[Any]] = {}
     try:
-        step = max(1, model.vocab_size // (_SAMPLE_N_TOKENS + 1))
-        for token in range(step, step * (_SAMPLE_N_TOKENS + 1), step):
+        n_samples = _SAMPLE_N_TOKENS if model.piece_n_tokens > 1 else _SAMPLE_N_TOKENS_SLOWLY
+        step = max(1, model.vocab_size // (n_samples + 1))
+        for token in range(step, step * (n_samples + 1), step):
             cache.truncate(0)
             model.forward([token] * room, start=0)
             for number, layer in layers_of(cache).items():
