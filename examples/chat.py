@@ -132,8 +132,11 @@ class Chat:
 
     def close(self) -> None:
         """Save all of them."""
-        for chat in self.open.values():
-            chat.session.close()
+        for name, chat in self.open.items():
+            try:
+                chat.session.close()
+            except kvstore.KVStoreError as error:
+                print(f"[{name} is not saved: {error}]")
 
 
 def lines() -> Iterator[str]:
@@ -179,6 +182,8 @@ def main() -> int:
                     chat.do(line)
                 except (kvstore.KVStoreError, ValueError) as error:
                     print(f"[{error}]")
+                except KeyboardInterrupt:
+                    print("[stopped]")
         finally:
             chat.close()
     return 0

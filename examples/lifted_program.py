@@ -67,7 +67,11 @@ def open_program(path: Path) -> tuple[Any, TensorCache]:
 def forward(method: Any, cache: TensorCache, tokens: list[int]) -> torch.Tensor:
     logits = torch.empty(0)
     for token in tokens:
-        inputs = [torch.tensor([token]), torch.tensor([cache.n_tokens]), *cache.values()]
+        inputs = [
+            torch.tensor([token]),
+            torch.tensor([cache.n_tokens]),
+            *(view.tensor for view in cache.values()),
+        ]
         logits, k, v = method.execute(inputs)
         cache.replace({"layers.0.k": k, "layers.0.v": v})
         cache.extend([token])

@@ -135,7 +135,8 @@ class Store:
             CacheMismatchError: the cache holds fewer tokens, or other ones.
             TaintedCacheError: the cache was changed by hand.
             SessionConflictError: ``name`` belongs to another model's session, or another
-                process saved it since this store loaded or saved it; and ``replace`` is False.
+                process saved it since this store loaded or saved it, or looked for it in
+                vain; and ``replace`` is False.
             BudgetError: ``max_bytes`` cannot hold it.
             StoreError: the file cannot be written (full disk, read-only, busy).
         """
@@ -201,7 +202,11 @@ class Store:
             chunk_n_tokens=self._chunk_n_tokens,
         )
         with self._call():
-            loaded = loading.load(self._database, request, self._workers)
+            try:
+                loaded = loading.load(self._database, request, self._workers)
+            except SessionNotFoundError:
+                self._remember(name, sessions.ABSENT)
+                raise
             self._remember(name, loaded.revision)
         with self._lock:
             if loaded.used_chunk_id is not None:

@@ -432,6 +432,18 @@ def test_a_deleted_session_gives_its_space_back_to_the_file_system(open_store):
     assert not wal.exists() or wal.stat().st_size == 0
 
 
+def test_a_name_that_was_free_when_it_was_looked_for_is_not_written_over(store, open_store):
+    other = open_store(chunk_n_tokens=8)
+    mine = computed(TOKENS[:10])
+    with pytest.raises(SessionNotFoundError):
+        store.load_session(computed([]), name="chat")
+    other.save_session(mine, mine.tokens, name="chat", metadata={"by": "other"})
+    with pytest.raises(SessionConflictError, match="saved by another process"):
+        store.save_session(mine, mine.tokens, name="chat")
+    assert load_exact(store, name="chat").metadata == {"by": "other"}
+    store.save_session(mine, mine.tokens, name="chat")
+
+
 def test_a_session_that_another_process_saved_meanwhile_is_not_written_over(store, open_store):
     other = open_store(chunk_n_tokens=8)
     mine, theirs = computed(TOKENS[:10]), computed(TOKENS[:10])

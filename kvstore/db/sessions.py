@@ -115,6 +115,9 @@ def id_of(connection: sa.Connection, *, namespace: str, name: str) -> int | None
 Revision: TypeAlias = tuple[int, int, int]
 """What changes with every save of a session: its row id, time of update and length."""
 
+ABSENT: Revision = (-1, -1, -1)
+"""What is remembered of a session that was looked for and was not there."""
+
 
 def revision_of(connection: sa.Connection, session_id: int) -> Revision:
     """The session's revision now."""

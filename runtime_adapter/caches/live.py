@@ -7,8 +7,9 @@ common.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvstore import Held, TokenLog
 from kvstore.errors import CapacityError, InputError, RewindError
@@ -52,6 +53,7 @@ class LiveTensors(Mapping[str, TensorView]):
         "_knows_cuts",
         "_layout",
         "_log",
+        "_readers",
         "_revision",
         "_snapshot",
         "_taint",
@@ -109,6 +111,7 @@ class LiveTensors(Mapping[str, TensorView]):
         }
         self._log = TokenLog(layout)
         self._revision = 0
+        self._readers: list[Future[Any]] = []
         self._cuts: list[int] = []
         self._knows_cuts = True
         self._snapshot: tuple[int, ...] | None = ()
@@ -201,6 +204,20 @@ class LiveTensors(Mapping[str, TensorView]):
         # As uint8, because numpy has no bfloat16. The array holds on to the view's storage.
         return view.reshape(-1).view(torch.uint8).numpy().data
 
+    def read_until(self, done: Future[Any]) -> None:
+        """Say that another thread reads what the cache holds now, until ``done``.
+
+        Computing on goes on meanwhile; whatever would change what is held waits for it.
+        """
+        self._readers = [reader for reader in self._readers if not reader.done()]
+        self._readers.append(done)
+
+    def wait_for_readers(self) -> None:
+        """Wait until no other thread reads the cache, as before writing into it by hand."""
+        if self._readers:
+            wait(self._readers)
+            self._readers.clear()
+
     def truncate(self, n_tokens: int) -> None:
         """Forget every token from position ``n_tokens`` on; 0 gives a clean, empty cache.
 
@@ -217,6 +234,7 @@ class LiveTensors(Mapping[str, TensorView]):
         self.check_open()
         if type(n_tokens) is not int or n_tokens < 0:
             raise InputError(f"truncate: expected a length of at least 0, found {n_tokens!r}")
+        self.wait_for_readers()
         self._log.truncate(n_tokens)
         self._cut_back(n_tokens)
         self._changed()
@@ -268,6 +286,7 @@ class LiveTensors(Mapping[str, TensorView]):
             ClosedModelError: the model was closed.
         """
         self.check_open()
+        self.wait_for_readers()
         self._log.adopt(tokens)
         self._cuts, self._knows_cuts = [], False
         self._changed()
@@ -286,6 +305,7 @@ class LiveTensors(Mapping[str, TensorView]):
                 f"go_back: expected a cache that still holds the {n_tokens} tokens of then, found "
                 "others; load them, or compute them again"
             )
+        self.wait_for_readers()
         for index, spec in enumerate(self._layout.tensors):
             if not spec.kind.rules.is_whole:
                 self.buffer(index)[:] = still.buffer(index)
@@ -318,12 +338,13 @@ class LiveTensors(Mapping[str, TensorView]):
                 f"tensor {name!r}: expected {_dtype_name(live)} {list(live.shape)}, "
                 f"found {_dtype_name(tensor)} {list(tensor.shape)}"
             )
-        self.mark_tainted(f"tensor {name!r} was set by hand")
+        self.mark_tainted(f"tensor {name!r} was set by hand")  # waits for readers
         live.copy_(tensor.detach())
 
     def mark_tainted(self, reason: str, *, start: int = 0) -> None:
         """Say that the content of tokens from ``start`` on is not what the model computed."""
         self.check_open()
+        self.wait_for_readers()
         self._revision += 1
         self._taint_start = start if self._taint is None else min(start, self._taint_start)
         self._taint = self._taint or reason
@@ -358,6 +379,7 @@ class LiveTensors(Mapping[str, TensorView]):
             ClosedModelError: the model was closed.
         """
         self.check_open()
+        self.wait_for_readers()
         for index, content in enumerate(copy.buffers):
             self.buffer(index)[:] = content
         self._log.restore(copy.tokens, copy.held)

@@ -54,7 +54,7 @@ class TensorView:
         """The whole live tensor, zero-copy, in its planned shape.
 
         It stays readable after the cache is closed. Writing into it changes the next step, unseen
-        by the cache: use ``set``, or call ``cache.mark_tainted``.
+        by the cache: use ``set``, or call ``cache.mark_tainted`` before.
 
         Raises:
             ClosedModelError: the model was closed.
@@ -112,6 +112,7 @@ class TensorView:
         import torch
 
         slots, live = self._slots(start, start + len(values)), self.tensor
+        self._cache.wait_for_readers()
         if self._spec.token_axis is None:
             live.copy_(values[0])
         else:
@@ -164,6 +165,8 @@ class LayerView(Mapping[str, TensorView]):
         return len(self._views)
 
     def __getattr__(self, role: str) -> TensorView:
+        if role.startswith("_"):  # also while one is copied: the slots are not set yet
+            raise AttributeError(role)
         try:
             return self._views[role]
         except KeyError:

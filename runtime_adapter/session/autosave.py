@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,15 +21,26 @@ class BackgroundSaver:
         self._store = store
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvstore-autosave")
         self._running: Future[Any] | None = None
+        self._when_saved: Callable[[], None] = _nothing
         self._error: Exception | None = None
 
     def submit(
-        self, still: Still, *, name: str | None, metadata: Mapping[str, Any], replace: bool
-    ) -> bool:
-        """Save ``still`` from now on; False if an error waits to be raised."""
+        self,
+        still: Still,
+        *,
+        name: str | None,
+        metadata: Mapping[str, Any] | None,
+        replace: bool,
+        when_saved: Callable[[], None],
+    ) -> Future[Any] | None:
+        """Save ``still`` from now on; None if an error waits to be raised.
+
+        ``when_saved`` is called by whoever settles it next, unless it failed.
+        """
         self.settle()
         if self._error is not None:
-            return False
+            return None
+        self._when_saved = when_saved
         self._running = self._thread.submit(
             self._store.save_session,
             still,
@@ -38,7 +49,7 @@ class BackgroundSaver:
             metadata=metadata,
             replace=replace,
         )
-        return True
+        return self._running
 
     def settle(self) -> None:
         """Wait for the save under way; its error is kept."""
@@ -48,6 +59,8 @@ class BackgroundSaver:
             self._running.result()
         except Exception as error:  # noqa: BLE001  whatever it is, the next call raises it
             self._error = error
+        else:
+            self._when_saved()
         self._running = None  # not before: an interrupted wait must not forget a running save
 
     def check(self) -> None:
@@ -63,7 +76,15 @@ class BackgroundSaver:
         self.settle()
         self.check()
 
+    def forget_error(self) -> None:
+        """What failed was saved by other means."""
+        self._error = None
+
     def close(self) -> None:
         """Wait for the save under way, and end the thread."""
         self.settle()
         self._thread.shutdown(wait=True)
+
+
+def _nothing() -> None:
+    """For nobody who waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,14 +29,15 @@ class Conversation:
     turns: list[tuple[int, int]] = field(default_factory=list)
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     unchanged_n_tokens: int = UNLIMITED_N_TOKENS
+    speaker: object = None
+    """Who generates the last turn, if it may go on."""
 
     def forget_after(self, n_tokens: int) -> None:
         """Take away the tokens from ``n_tokens`` on."""
         self.unchanged_n_tokens = min(self.unchanged_n_tokens, n_tokens)
         del self.tokens[n_tokens:]
         self.cuts.forget_after(n_tokens)
-        turns = [(start, min(stop, n_tokens)) for start, stop in self.turns]
-        self.turns = [(start, stop) for start, stop in turns if start < stop]
+        self._move_turns(lambda position: min(position, n_tokens))
         self.logits = {at: logits for at, logits in self.logits.items() if at <= n_tokens}
 
     def replace(self, start: int, stop: int, tokens: list[int]) -> None:
@@ -46,6 +48,7 @@ class Conversation:
         self.forget_after(start)
         self.tokens += tokens + after
         self.turns += moved
+        self.speaker = None
 
     def strike(self, start: int, stop: int) -> None:
         """Take ``[start, stop)`` out; what follows stays as computed, at other positions."""
@@ -53,22 +56,31 @@ class Conversation:
         def moved(position: int) -> int:
             return min(position, start) if position < stop else position - (stop - start)
 
+        n_computed = moved(self.cuts.last)
         del self.tokens[start:stop]
-        positions = [at for at in self.cuts.positions if at <= start or at > stop]
-        self.cuts = Cuts(map(moved, positions))
-        turns = [(moved(first), moved(last)) for first, last in self.turns]
-        self.turns = [(first, last) for first, last in turns if first < last]
+        self.cuts = Cuts(moved(at) for at in self.cuts.positions if at <= start or at > stop)
+        if n_computed - 1 > start:
+            self.cuts.add(n_computed - 1)  # the logits need one token again, not a whole piece
+        self._move_turns(moved)
         self.logits = {at: logits for at, logits in self.logits.items() if at <= start}
         self.unchanged_n_tokens = min(self.unchanged_n_tokens, start)
 
-    def add_generated(self, token: int, *, turn_start: int) -> None:
-        """A token of the turn that began at ``turn_start``."""
+    def add_generated(self, token: int, *, speaker: object) -> None:
+        """One more token of the turn that ``speaker`` generates."""
+        start = len(self.tokens)
         self.tokens.append(token)
-        turn = (turn_start, len(self.tokens))
-        if self.turns and self.turns[-1][0] == turn_start:
-            self.turns[-1] = turn
+        if self.speaker is speaker and self.turns and self.turns[-1][1] == start:
+            self.turns[-1] = (self.turns[-1][0], start + 1)
         else:
-            self.turns.append(turn)
+            self.turns.append((start, start + 1))
+            self.speaker = speaker
+
+    def _move_turns(self, moved: Callable[[int], int]) -> None:
+        turns = [(moved(first), moved(last)) for first, last in self.turns]
+        kept = [(first, last) for first, last in turns if first < last]
+        if kept[-1:] != turns[-1:]:
+            self.speaker = None  # the turn that was under way is gone
+        self.turns = kept
 
     def keep_logits(self, logits: torch.Tensor) -> None:
         """Remember the logits after all tokens, and forget the oldest ones."""

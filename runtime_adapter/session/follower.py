@@ -50,8 +50,7 @@ class SessionResult:
 class Follower:
     """Brings one model's cache to one conversation.
 
-    ``before_going_back`` is called before the cache forgets or overwrites anything;
-    ``after_a_piece`` after each piece that was computed.
+    ``after_a_piece`` is called after each piece that was computed.
     """
 
     def __init__(
@@ -60,14 +59,12 @@ class Follower:
         store: Store | None,
         conversation: Conversation,
         *,
-        before_going_back: Callable[[], None],
         after_a_piece: Callable[[], None],
     ) -> None:
         """Nothing is brought yet."""
         self._model = model
         self._store = store
         self.conversation = conversation
-        self._before_going_back = before_going_back
         self._after_a_piece = after_a_piece
         self._seen: int | None = None
         self._still: Still | None = None
@@ -224,11 +221,12 @@ class Follower:
         cache, conversation = self._model.cache, self.conversation
         check_kinds(cache)
         if not self.is_in_step:
-            self.compute()
-        self._before_going_back()
+            n_computed = conversation.cuts.last
+            self.bring(n_computed)
+            self.feed(n_computed)
         self._still = None
         try:
-            rope = rope_of(self._model, given)
+            rope = rope_of(self._model, given, distance=stop - start)
         finally:  # it puts back what it found
             self._note()
         n_cached = cache.n_tokens
@@ -246,7 +244,6 @@ class Follower:
         cache = self._model.cache
         if n_tokens == cache.n_tokens:
             return True
-        self._before_going_back()
         still = self._still
         if still is not None and n_tokens == len(still.tokens):
             with contextlib.suppress(RewindError):
@@ -266,7 +263,6 @@ class Follower:
 
     def _load(self, store: Store, n_tokens: int) -> LoadResult:
         """What the store has of the first ``n_tokens``."""
-        self._before_going_back()
         self._still = None
         # Without stored logits a load leaves the last token out: ask for one more.
         asked = self.conversation.tokens[:n_tokens] + ([] if self._keeps_logits else [0])
@@ -296,7 +292,6 @@ class Follower:
 
         Best effort: what cannot be saved is computed again.
         """
-        self._before_going_back()
         self._still = None
         cache, store = self._model.cache, self._store
         if store is None or store.read_only or not self.is_in_step or cache.taint is not None:

@@ -8,7 +8,7 @@ in the key knows the position.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -109,7 +109,7 @@ RopeSpec = Mapping[int, LayerRope]
 """The rotation of each layer's keys, by layer as in the cache's layout."""
 
 
-def measure(samples: list[torch.Tensor]) -> LayerRope:
+def measure(samples: Sequence[torch.Tensor]) -> LayerRope:
     """The rotation that fits ``samples`` best: keys of one token each at positions 0, 1, ...
 
     Each is ``[n, H_kv, D]``. Frequencies come from the angle between positions that lie ever
@@ -127,7 +127,7 @@ def measure(samples: list[torch.Tensor]) -> LayerRope:
     return min(found, key=lambda rope: max(rope.error(keys) for keys in samples))
 
 
-def _fit(samples: list[torch.Tensor], pairing: Pairing, n_rotary_dims: int) -> LayerRope:
+def _fit(samples: Sequence[torch.Tensor], pairing: Pairing, n_rotary_dims: int) -> LayerRope:
     import torch
 
     blank = LayerRope(frequencies=(0.0,) * (n_rotary_dims // 2), pairing=pairing)

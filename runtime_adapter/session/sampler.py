@@ -81,8 +81,12 @@ class Sampler:
         return replace(self)
 
     def to_metadata(self) -> dict[str, Any]:
-        """As plain types; ``from_metadata`` reads it back."""
-        return asdict(self)
+        """As plain types; ``from_metadata`` reads it back.
+
+        Raises:
+            InputError: a number was set out of range.
+        """
+        return asdict(replace(self))  # checks them again
 
     @classmethod
     def from_metadata(cls, data: Mapping[str, Any]) -> Sampler:

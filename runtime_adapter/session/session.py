@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -13,7 +15,6 @@ from kvstore.errors import (
     SessionConflictError,
     SessionNotFoundError,
 )
-from runtime_adapter.caches.live import LiveTensors
 from runtime_adapter.caches.still import Still
 from runtime_adapter.model import Model
 from runtime_adapter.session.autosave import BackgroundSaver
@@ -71,14 +72,19 @@ class Session:
             StoreError: the file cannot be read.
             TokensError: the stored ids are beyond this model's vocabulary.
         """
+        _check_parts(model, store, metadata)
         if store is None and (name is not None or autosave):
             raise InputError("Session: expected a store for name= and autosave=, found none")
+        if store is not None and autosave and store.read_only:
+            raise InputError("Session: expected a store that may be written for autosave=True")
         self._model = model
         self._store = store
         self._name = name
         self._store_logits = store_logits
         self._replaces = False
         self._saved_n_tokens = 0
+        self._is_dirty = False
+        self._is_appending = False
         self._is_closed = False
         self._is_stored = False
         self._overflow: Overflow | None = None
@@ -88,7 +94,6 @@ class Session:
             model,
             store,
             Conversation(),
-            before_going_back=self._settle,  # a save under way reads what would be overwritten
             after_a_piece=self._autosave,
         )
         self.sampler = Sampler()
@@ -162,6 +167,8 @@ class Session:
     def append(self, tokens: Iterable[Any]) -> SessionResult:
         """Add ``tokens``, and compute what is neither live nor stored.
 
+        Where ``keep_sink`` has to make room first, that stays done if the rest fails.
+
         Raises:
             CapacityError: the cache has no room for so many; nothing was added.
             ProgramError: the runtime stopped; nothing was added.
@@ -173,11 +180,16 @@ class Session:
         before = self.n_tokens
         self._check_room(before + len(ids))
         self._conversation.tokens += ids
+        self._is_appending = True
         try:
-            return self._follower.compute(but_stored=True)
+            done = self._follower.compute(but_stored=True)
         except BaseException:
             self._conversation.forget_after(before)
             raise
+        finally:
+            self._is_appending = False
+        self._autosave()
+        return done
 
     def generate(
         self,
@@ -213,21 +225,21 @@ class Session:
         return self._generate(max_new_tokens, stops)
 
     def _generate(self, max_new_tokens: int | None, stops: Stop) -> Iterator[int]:
-        turn_start = None
+        speaker = object()
         n_new = 0
         while max_new_tokens is None or n_new < max_new_tokens:
             self._check_open()
-            if max_new_tokens is None and self.n_tokens > self._model.capacity_n_tokens:
+            is_full = self._overflow is None and self.n_tokens > self._model.capacity_n_tokens
+            if max_new_tokens is None and is_full:
                 return
             self._make_room(0)
             self._check_room(self.n_tokens)
             logits = self._computed_logits()
-            if turn_start is None:
-                turn_start = self.n_tokens
+            if not n_new and self._model.cache.taint is None:
                 self._conversation.keep_logits(logits)
                 self._follower.remember()
             token = self.sampler.pick(logits)
-            self._conversation.add_generated(token, turn_start=turn_start)
+            self._conversation.add_generated(token, speaker=speaker)
             n_new += 1
             yield token
             if stops(token):
@@ -248,8 +260,7 @@ class Session:
         self._check_open()
         _check_position("rewind", to, stop=self.n_tokens)
         self._conversation.forget_after(to)
-        self._saved_n_tokens = min(self._saved_n_tokens, to)
-        return self._recomputed()
+        return self._recomputed(changed_from=to)
 
     def regenerate(self) -> SessionResult:
         """Go back to the start of the last generated turn, ready to generate another. Exact.
@@ -279,12 +290,11 @@ class Session:
         self._check_open()
         _check_position("replace", stop, stop=self.n_tokens)
         _check_position("replace", start, stop=stop)
-        new = list(tokens)
+        new = _listed("replace", tokens)
         ids = self._model.check_tokens(new) if new else []
         self._check_room(self.n_tokens + len(ids) - (stop - start))
         self._conversation.replace(start, stop, ids)
-        self._saved_n_tokens = min(self._saved_n_tokens, start)
-        return self._recomputed()
+        return self._recomputed(changed_from=start)
 
     def strike(self, start: int, stop: int, *, rope: RopeSpec | None = None) -> SessionResult:
         """Drop the tokens ``[start, stop)`` without computing what follows again. Approximate.
@@ -311,7 +321,8 @@ class Session:
                 "replace to change the start"
             )
         self._follower.strike(start, stop, rope)
-        self._saved_n_tokens = min(self._saved_n_tokens, start)
+        self._note_change(start)
+        self._autosave()
         return SessionResult(
             n_tokens=self.n_tokens,
             n_live_tokens=self.n_cached_tokens,
@@ -381,8 +392,9 @@ class Session:
             self._store,
             autosave=self._saver is not None,
             store_logits=self._store_logits,
-            metadata=self.metadata,
+            metadata=copy.deepcopy(self.metadata),
         )
+        other._overflow = self._overflow
         other._begin(self._conversation.copy(), name=name, sampler=self.sampler.copy())
         other._is_stored = name is not None
         return other
@@ -414,22 +426,23 @@ class Session:
     def close(self) -> None:
         """End its use. With ``autosave``, all of it is stored first; the model stays open.
 
+        If that fails it stays open: save it elsewhere (``fork``), or close it again.
+
         Raises:
             KVStoreError: it could not be saved.
         """
         if self._is_closed:
             return
-        self._is_closed = True
-        if self._saver is None or self._store is None:
-            return
-        try:
-            self._saver.settle()  # what failed to be saved is saved now
+        saver, store = self._saver, self._store
+        if saver is not None and store is not None:
+            saver.settle()
+            saver.forget_error()  # what failed to be saved is saved now
             if self.n_tokens:
-                self._save(self._store, name=self._name)
+                self._save(store, name=self._name)
             elif self._name is not None and self._is_stored:
-                self._store.delete_session(self._name)  # all of it was taken back
-        finally:
-            self._saver.close()
+                store.delete_session(self._name)  # all of it was taken back
+            saver.close()
+        self._is_closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -464,7 +477,13 @@ class Session:
             return
         conversation, sampler, metadata = unpack_state(hit.metadata or {}, list(hit.tokens))
         self._model.check_tokens(conversation.tokens)
-        self._check_room(len(conversation.tokens))
+        # The last token may be pending in a cache that is full.
+        self._check_room(len(conversation.tokens) - 1)
+        conversation.logits = {
+            at: logits
+            for at, logits in conversation.logits.items()
+            if at <= len(conversation.tokens) and logits.shape == (self._model.vocab_size,)
+        }
         # Of another model only the words are left: it computed in its own pieces.
         self._replaces = hit.reason in (MissReason.OTHER_MODEL, MissReason.OTHER_LAYOUT)
         if self._replaces:
@@ -504,9 +523,19 @@ class Session:
                 overflow.told(*struck)
             self.strike(*struck, rope=overflow.rope)
 
-    def _recomputed(self) -> SessionResult:
-        """The conversation was changed: the cache follows."""
-        return self._follower.compute() if self.n_tokens else self._follower.bring(0)
+    def _recomputed(self, *, changed_from: int) -> SessionResult:
+        """The conversation was changed: the cache follows, and so does what is stored."""
+        self._note_change(changed_from)
+        done = self._follower.compute() if self.n_tokens else self._follower.bring(0)
+        self._autosave()
+        return done
+
+    def _note_change(self, start: int) -> None:
+        """What is stored of the tokens from ``start`` on is not what is said any more."""
+        if self._saver is not None:
+            self._saver.settle()
+        self._is_dirty = self._is_dirty or start < self._saved_n_tokens
+        self._saved_n_tokens = min(self._saved_n_tokens, start)
 
     def _metadata(self, n_cached_tokens: int) -> dict[str, Any]:
         """What a save of the first ``n_cached_tokens`` says beside them."""
@@ -523,49 +552,62 @@ class Session:
     def _save(self, store: Store, *, name: str | None) -> SaveResult:
         if not self.n_tokens:
             raise InputError("save: expected a conversation with tokens, found an empty one")
-        self._settle()
-        cache: LiveTensors | Still = self._model.cache
-        if not self._follower.is_in_step or not len(cache.tokens):
+        if not self._follower.is_in_step or not self._model.cache.n_tokens:
             n_computed = self._conversation.cuts.last or self.n_tokens
             self._follower.bring(n_computed)
             self._follower.feed(n_computed)
-        if cache.taint is not None:
-            cache = Still(self._model.cache, n_tokens=self._model.cache.exact_n_tokens)
-        n_tokens = len(cache.tokens)
+        if self._saver is not None:
+            self._saver.settle()  # two saves of one name at once would be in conflict
+        still = self._exact_part()
+        n_tokens = len(still.tokens)
         saved = store.save_session(
-            cache,
-            self._conversation.tokens[:n_tokens],
+            still if n_tokens else self._model.cache,  # which says why it cannot be stored
+            still.tokens if n_tokens else self._model.cache.tokens,
             name=name,
             metadata=self._metadata(n_tokens),
             replace=self._replaces and name == self._name,
         )
         if name == self._name:
-            self._saved(n_tokens)
+            self._saved(self.n_tokens)
         return saved
 
-    def _saved(self, n_tokens: int) -> None:
-        self._replaces, self._saved_n_tokens, self._is_stored = False, n_tokens, True
+    def _exact_part(self) -> Still:
+        """What the live cache has that may be stored: all of it, or what lies before an edit."""
+        cache = self._model.cache
+        return Still(cache, n_tokens=None if cache.taint is None else cache.exact_n_tokens)
 
-    def _settle(self) -> None:
-        if self._saver is not None:
-            self._saver.settle()
+    def _saved(self, n_tokens: int) -> None:
+        self._replaces, self._saved_n_tokens = False, n_tokens
+        self._is_stored, self._is_dirty = True, False
 
     def _autosave(self) -> None:
-        """Behind every chunk that became complete; never more than one piece behind."""
-        saver, store, n_tokens = self._saver, self._store, self._model.cache.n_tokens
-        if saver is None or store is None or self._model.cache.taint is not None:
+        """Behind every chunk that became complete, and behind what was taken back.
+
+        Never more than one piece behind. While tokens are appended they are saved without the
+        name: the conversation has all of them, or none.
+        """
+        saver, store, cache = self._saver, self._store, self._model.cache
+        if saver is None or store is None or not self._follower.is_in_step:
             return
+        if self._is_appending and cache.n_tokens == self.n_tokens:
+            return  # the last piece: now it can have its name
         saver.settle()
-        chunk_n_tokens = store.chunk_n_tokens
-        if n_tokens // chunk_n_tokens <= self._saved_n_tokens // chunk_n_tokens:
+        n_tokens, chunk_n_tokens = cache.n_tokens, store.chunk_n_tokens
+        is_full = n_tokens // chunk_n_tokens > self._saved_n_tokens // chunk_n_tokens
+        if not (is_full or self._is_dirty):
             return
-        if saver.submit(
-            Still(self._model.cache),
-            name=self._name,
-            metadata=self._metadata(n_tokens),
+        still = self._exact_part()
+        if not still.tokens:
+            return
+        running = saver.submit(
+            still,
+            name=None if self._is_appending else self._name,
+            metadata=None if self._is_appending else self._metadata(len(still.tokens)),
             replace=self._replaces,
-        ):
-            self._saved(n_tokens)
+            when_saved=_nothing if self._is_appending else functools.partial(self._saved, n_tokens),
+        )
+        if running is not None:
+            cache.read_until(running)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -582,8 +624,33 @@ class Session:
             )
 
 
+def _nothing() -> None:
+    """Rows without a name change nothing of what is known of the session."""
+
+
+def _check_parts(model: Any, store: Any, metadata: Any) -> None:
+    for what, value, kind in (("model", model, Model), ("store", store, Store)):
+        if not isinstance(value, kind) and (what == "model" or value is not None):
+            raise InputError(
+                f"Session: expected a {kind.__name__} as {what}, found {type(value).__name__}"
+            )
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise InputError(
+            f"Session: expected a mapping as metadata, found {type(metadata).__name__}"
+        )
+
+
+def _listed(what: str, tokens: Any) -> list[Any]:
+    try:
+        return list(tokens)
+    except TypeError as error:
+        raise InputError(
+            f"{what}: expected token ids in a row, found {type(tokens).__name__}"
+        ) from error
+
+
 def _among(stop: Iterable[int]) -> Stop:
-    ids = list(stop)
+    ids = _listed("generate: stop", stop)
     return frozenset(token_ids(ids).tolist() if ids else ()).__contains__
 
 

@@ -6,7 +6,9 @@ Only the first layer's keys come out as if they had been computed at their new p
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +27,21 @@ _SAMPLE_N_TOKENS = 4
 _SAMPLE_N_TOKENS_SLOWLY = 2  # where every position is a call of its own
 # The largest difference allowed, as a part of the largest number, by the keys' dtype.
 _TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2, "int8": 4e-2}
+# Rounding of the arithmetic itself, which does not grow with the distance.
+_ROUNDING = 1e-6
 
-_checked: weakref.WeakKeyDictionary[LiveTensors, list[tuple[RopeSpec | None, RopeSpec]]] = (
-    weakref.WeakKeyDictionary()
-)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRope:
+    """The rotation of one layer, and how far keys may be moved by it."""
+
+    rope: LayerRope
+    reach_n_tokens: float
+
+
+_checked: weakref.WeakKeyDictionary[
+    LiveTensors, list[tuple[RopeSpec | None, dict[int, CheckedRope]]]
+] = weakref.WeakKeyDictionary()
 """What was given (None: nothing) and checked, and what is used then, by model."""
 
 
@@ -40,6 +53,12 @@ def check_kinds(cache: LiveTensors) -> None:
             whose numbers cannot be read.
     """
     for spec in cache.layout.tensors:
+        if spec.sink_n_tokens:
+            raise UnsupportedStateError(
+                f"strike: expected keys turned by their position, found {spec.name} behind an "
+                "attention sink, whose keys are turned by their slot; such a cache makes room by "
+                "itself"
+            )
         if not spec.kind.rules.has_token_axis:
             raise UnsupportedStateError(
                 f"strike: expected keys and values, found {spec.name} with recurrent state, which "
@@ -54,7 +73,9 @@ def check_kinds(cache: LiveTensors) -> None:
         key_roles(layer)
 
 
-def rope_of(model: Model, given: RopeSpec | None = None) -> RopeSpec:
+def rope_of(
+    model: Model, given: RopeSpec | None = None, *, distance: int = 1
+) -> dict[int, LayerRope]:
     """The rotation of every layer's keys: ``given``, or measured; checked on the model.
 
     The model computes a few tokens, each repeated many times: attention over equal values is
@@ -62,46 +83,83 @@ def rope_of(model: Model, given: RopeSpec | None = None) -> RopeSpec:
     held is put back. Done once a model, and once more for each other rotation that is given.
 
     Raises:
-        InputError: ``given`` lacks a layer, or does not fit what the model computes.
-        UnsupportedStateError: no rotation fits.
+        InputError: ``given`` is no rotation of each layer, or not what the model computes.
+        UnsupportedStateError: no rotation fits, or none is known well enough to move keys
+            by ``distance`` positions.
     """
     checked = _checked.setdefault(model.cache, [])
-    for before, used in checked:
-        if before == given:
-            return used
-    samples = _sample(model)
-    spec = dict(given) if given is not None else {n: measure(keys) for n, keys in samples.items()}
-    for number, keys in samples.items():
-        layer = model.cache.layer(number)
-        if number not in spec:
-            raise InputError(f"rope: expected a rotation for layer {number}, found none")
-        n_dims = keys[0].shape[-1]
-        if 2 * len(spec[number].frequencies) > n_dims:
-            raise InputError(
-                f"rope: expected at most {n_dims // 2} frequencies for layer {number}, found "
-                f"{len(spec[number].frequencies)}"
-            )
-        error = max(spec[number].error(rows) for rows in keys)
-        allowed = _TOLERANCES[layer.k.spec.dtype]
-        if error > allowed:
-            told = (
-                f"layer {number}: expected keys that differ by the rotation alone, to {allowed:g} "
-                f"of the largest, found {error:.3g}"
-            )
-            if given is not None:
-                best = measure(keys)
-                raise InputError(
-                    f"rope: {told}; measured are {best.pairing} pairs with frequencies from "
-                    f"{best.frequencies[0]:.6g} to {best.frequencies[-1]:.6g}, given "
-                    f"{spec[number].pairing} from {spec[number].frequencies[0]:.6g} to "
-                    f"{spec[number].frequencies[-1]:.6g}"
-                )
+    used = next((used for before, used in checked if before == given), None)
+    if used is None:
+        samples = _sample(model)
+        if given is None:
+            used = {number: _measured(model, number, samples) for number in samples}
+        else:
+            used = {number: _compared(model, number, samples, given) for number in samples}
+        checked.append((None if given is None else dict(given), used))
+    for number, layer in used.items():
+        if distance > layer.reach_n_tokens:
             raise UnsupportedStateError(
-                f"strike: {told}; this model places its tokens in another way: use "
-                "replace(start, stop, []) instead"
+                f"strike: the rotation of layer {number} could be measured well enough to move "
+                f"keys by {layer.reach_n_tokens:.0f} positions, not by {distance}; give it as "
+                "rope=, or use replace(start, stop, []) instead"
             )
-    checked.append((given, spec))
-    return spec
+    return {number: layer.rope for number, layer in used.items()}
+
+
+Samples = Mapping[int, Sequence[Any]]
+"""Per layer with keys, float32 ``[n, H_kv, D]`` for each of a few tokens: its keys at ``n``
+positions in a row."""
+
+
+def _measured(model: Model, number: int, samples: Samples) -> CheckedRope:
+    """The rotation of one layer: its own, or one of a layer that could be seen from farther."""
+    allowed = _TOLERANCES[model.cache.layer(number).k.spec.dtype]
+    found: list[CheckedRope] = []
+    errors = []
+    for other in dict.fromkeys((number, *samples)):
+        if len(samples[other][0]) < len(samples[number][0]):
+            continue
+        if samples[other][0].shape[-1] != samples[number][0].shape[-1]:
+            continue
+        rope = measure(samples[other])
+        error = max(rope.error(rows) for rows in samples[number])
+        errors.append(error)
+        if error <= allowed:
+            spread = max(max(rope.error(rows) for rows in samples[other]) - _ROUNDING, 1e-12)
+            reach = len(samples[other][0]) * allowed / spread
+            found.append(CheckedRope(rope=rope, reach_n_tokens=reach))
+    if not found:
+        raise UnsupportedStateError(
+            f"strike: layer {number}: expected keys of equal tokens that differ by a rotation "
+            f"alone, to {allowed:g} of the largest, found {min(errors):.3g}; this model places its "
+            "tokens in another way: use replace(start, stop, []) instead"
+        )
+    return max(found, key=lambda layer: layer.reach_n_tokens)
+
+
+def _compared(model: Model, number: int, samples: Samples, given: Any) -> CheckedRope:
+    """The given rotation of one layer, if it is what the model computes."""
+    if not isinstance(given, Mapping) or not isinstance(given.get(number), LayerRope):
+        raise InputError(f"rope: expected a LayerRope for layer {number}, found none")
+    rope, rows = given[number], samples[number]
+    n_dims = rows[0].shape[-1]
+    if not rope.frequencies or 2 * len(rope.frequencies) > n_dims:
+        raise InputError(
+            f"rope: expected 1 to {n_dims // 2} frequencies for layer {number}, found "
+            f"{len(rope.frequencies)}"
+        )
+    allowed = _TOLERANCES[model.cache.layer(number).k.spec.dtype]
+    error = max(rope.error(keys) for keys in rows)
+    if error > allowed:
+        best = measure(rows)
+        raise InputError(
+            f"rope: layer {number}: expected keys of equal tokens that differ by the rotation "
+            f"alone, to {allowed:g} of the largest, found {error:.3g}; measured are "
+            f"{best.pairing} pairs with frequencies from {best.frequencies[0]:.6g} to "
+            f"{best.frequencies[-1]:.6g}, given {rope.pairing} from {rope.frequencies[0]:.6g} to "
+            f"{rope.frequencies[-1]:.6g}"
+        )
+    return CheckedRope(rope=rope, reach_n_tokens=math.inf)
 
 
 def strike(cache: LiveTensors, rope: RopeSpec, start: int, stop: int) -> None:
@@ -181,16 +239,16 @@ def _turn(
     return found
 
 
-def _sample(model: Model) -> dict[int, list[Any]]:
-    """Per layer with keys: those of a few tokens, each at positions 0, 1, ..."""
+def _sample(model: Model) -> Samples:
+    """The keys of a few tokens, each repeated: at all positions, or those that a ring holds.
+
+    More are computed than the smallest ring has slots, so that keys which follow the slot
+    and not the position are no rotation.
+    """
     cache = model.cache
-    room = min(
-        [
-            _SAMPLE_N_POSITIONS,
-            cache.capacity_n_tokens,
-            *(spec.window_n_tokens for spec in cache.layout.tensors if spec.window_n_tokens),
-        ]
-    )
+    rings = [spec.capacity_n_tokens for spec in cache.layout.tensors if spec.window_n_tokens]
+    n_tokens = max(_SAMPLE_N_POSITIONS, *(slots * 5 // 4 for slots in [min(rings, default=0)]))
+    n_tokens = min(n_tokens, cache.capacity_n_tokens)
     before = cache.copy_all()
     samples: dict[int, list[Any]] = {}
     try:
@@ -198,10 +256,12 @@ def _sample(model: Model) -> dict[int, list[Any]]:
         step = max(1, model.vocab_size // (n_samples + 1))
         for token in range(step, step * (n_samples + 1), step):
             cache.truncate(0)
-            model.forward([token] * room, start=0)
+            model.forward([token] * n_tokens, start=0)
             for number, layer in layers_of(cache).items():
                 if "k" in layer:
-                    samples.setdefault(number, []).append(read_keys(layer, 0, room).numbers())
+                    start, stop = layer.k.valid[-1]
+                    keys = read_keys(layer, start, stop).numbers()
+                    samples.setdefault(number, []).append(keys)
     finally:
         cache.put_back(before)
     return samples

@@ -11,6 +11,7 @@ from runtime_adapter.session.sampler import Sampler
 from runtime_adapter.session.session import Session
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_CONTEXT_N_TOKENS = 8
 
 
 class Tokenizer(Protocol):
@@ -99,7 +100,12 @@ class TextSession:
         Raises:
             As ``Session.generate``.
         """
-        stops = self._stops() if stop is None else frozenset(stop)
+        try:
+            stops = self._stops() if stop is None else frozenset(stop)
+        except TypeError as error:
+            raise InputError(
+                f"generate: expected token ids as stop, found {type(stop).__name__}"
+            ) from error
         tokens = self._session.generate(max_new_tokens, sampler=sampler, stop=stops)
         return self._stream(tokens, stops)
 
@@ -108,11 +114,10 @@ class TextSession:
         return frozenset() if eos is None else frozenset({int(eos)})
 
     def _stream(self, tokens: Iterator[int], stops: frozenset[int]) -> Iterator[str]:
-        # Decoding starts at the last piece: some tokenizers drop a leading space.
-        heard: list[int] = list(self._session.tokens[-1:])
-        told = self._tokenizer.decode(heard)
-        if told.endswith(_INCOMPLETE):  # what is heard next completes it
-            heard, told = [], ""
+        # Decoding starts a little before: some tokenizers drop a leading space, and the first
+        # token may complete a character.
+        heard: list[int] = list(self._session.tokens[-_CONTEXT_N_TOKENS:])
+        told = self._tokenizer.decode(heard).rstrip(_INCOMPLETE)
         n_told = len(heard)
         for token in tokens:
             if token in stops:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -14,8 +16,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("executorch")
 
 import kvstore  # noqa: E402  after the check that they are there
-from kvstore.errors import BudgetError, InputError  # noqa: E402
+from kvstore import save as saving  # noqa: E402
+from kvstore.errors import (  # noqa: E402
+    BudgetError,
+    InputError,
+    MetadataError,
+    ProgramError,
+    SessionConflictError,
+)
 from runtime_adapter import Model, Session  # noqa: E402
+from runtime_adapter.runtime import method  # noqa: E402
 from tests import programs  # noqa: E402
 from tests.adapter import journey  # noqa: E402
 
@@ -156,3 +166,153 @@ def test_an_error_of_the_thread_surfaces_at_the_next_call_and_loses_nothing(tmp_
             session.close()
         assert session.n_tokens == n_tokens + 2
         assert store.verify().ok
+
+
+@pytest.fixture
+def slow_saves(monkeypatch):
+    """Saves that wait for a sign before they read the cache."""
+    sign, begun = threading.Event(), threading.Event()
+    save = saving.save
+
+    def late(*arguments):
+        begun.set()
+        assert sign.wait(60)
+        return save(*arguments)
+
+    monkeypatch.setattr(saving, "save", late)
+    yield begun, sign
+    sign.set()
+
+
+@pytest.mark.parametrize("change", ["set", "direct", "dropped", "loaded"])
+def test_nothing_changes_the_cache_under_a_save(change, slow_saves, tmp_path):
+    """Whoever does it waits: what is stored is what was computed."""
+    begun, sign = slow_saves
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        session = Session(model, store, "chat", autosave=True)
+        session.append(PROMPT)
+        assert begun.wait(60)
+        threading.Timer(0.5, sign.set).start()
+        if change == "set":
+            k = model.cache.layer(0).k
+            k.set(0, torch.full_like(k.get(0, 40), 7.0))
+        elif change == "direct":
+            model.cache.truncate(0)
+            model.forward(PROMPT[::-1], start=0)
+        elif change == "dropped":
+            del session
+            gc.collect()
+            Session(model).append(PROMPT[::-1])
+        else:
+            store.load_session(model.cache, PROMPT[::-1])
+        model.cache.truncate(0)
+        hit = store.load_session(model.cache, [*PROMPT, 1])
+        assert hit.n_tokens == 40
+        restored = journey.visible(model)
+        model.cache.truncate(0)
+        Session(model).append(PROMPT)
+        assert journey.visible(model) == restored
+        assert store.verify().ok
+
+
+def test_an_append_is_published_whole_or_not_at_all(tmp_path, monkeypatch):
+    words = journey.tokens_of([600])
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        session = Session(model, store, "chat", autosave=True)
+        session.append(PROMPT)
+        execute, calls = method.LoadedMethod.execute, []
+
+        def fail_at_the_third(self, inputs):
+            calls.append(1)
+            if len(calls) == 3:
+                raise ProgramError("the runtime stopped")
+            return execute(self, inputs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(method.LoadedMethod, "execute", fail_at_the_third)
+            with pytest.raises(ProgramError):
+                session.append(words[:400])
+        session.flush()
+        assert store.sessions()[0].n_tokens == 40
+        list(session.generate(20))
+        session.flush()
+        assert Session(model, store, "chat").tokens == session.tokens[:48]
+        assert store.verify().ok
+
+
+def test_what_was_taken_back_does_not_come_back_after_a_kill(tmp_path):
+    """Also behind a strike, where only the ids are stored."""
+    words = journey.tokens_of([600])
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        session = Session(model, store, "chat", autosave=True)
+        session.append(words[:100])
+        session.rewind(to=5)
+        session.flush()
+        assert Session(model, store, "chat").tokens == tuple(words[:5])
+        session.append(words[200:260])
+        session.strike(4, 24)
+        session.flush()
+        assert Session(model, store, "chat").tokens == session.tokens
+        list(session.generate(100))
+        session.flush()
+        stored = Session(model, store, "chat").tokens
+        assert stored == session.tokens[: len(stored)]
+        assert len(stored) > 130
+        assert store.verify().ok
+
+
+def test_a_close_that_fails_can_be_tried_again(tmp_path):
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=256) as store,
+    ):
+        session = Session(model, store, "chat", autosave=True)
+        session.append(PROMPT)
+        session.flush()
+        session.metadata["what"] = object()
+        for _ in range(2):
+            with pytest.raises(MetadataError):
+                session.close()
+        del session.metadata["what"]
+        session.close()
+        session.close()
+        assert store.sessions()[0].n_tokens == 40
+
+
+def test_another_models_conversation_is_saved_without_a_conflict(tmp_path):
+    with kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store:
+        with (
+            Model.open(programs.path("stock_fp32")) as model,
+            Session(model, store, "chat", autosave=True) as session,
+        ):
+            session.append(PROMPT)
+        with Model.open(programs.path("one_token")) as model:
+            with Session(model, store, "chat", autosave=True) as session:
+                pass
+            assert Session(model, store, "chat").n_cached_tokens == 40
+        assert store.verify().ok
+
+
+def test_two_who_begin_one_name_do_not_write_over_each_other(tmp_path):
+    db = tmp_path / "s.db"
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(db, chunk_n_tokens=CHUNK) as store,
+        kvstore.open(db, chunk_n_tokens=CHUNK) as other,
+    ):
+        mine, theirs = Session(model, store, "chat"), Session(model, other, "chat")
+        theirs.append(PROMPT)
+        theirs.save()
+        mine.append(PROMPT[:10])
+        with pytest.raises(SessionConflictError):
+            mine.save()
+        assert store.sessions()[0].n_tokens == 40

@@ -422,3 +422,127 @@ def test_a_session_of_a_closed_model_is_an_error():
     model.close()
     with pytest.raises(ClosedModelError):
         session.append([1])
+
+
+# ------------------------------------------------------------------ what reviews found
+
+
+def test_turns_move_while_they_are_generated():
+    with Model.open(programs.path("stock_fp32")) as model:
+        session = Session(model)
+        session.append(WORDS[:30])
+        session.keep_sink(4, 40)
+        assert len(list(session.generate(30))) == 30
+        assert session.turns == ((10, 40),)
+        session.regenerate()
+        assert session.n_tokens == 10
+        begun = session.generate(20)
+        said = list(itertools.islice(begun, 5))
+        session.rewind(to=12)
+        said = said[:2] + list(itertools.islice(begun, 3))
+        assert (session.turns, session.tokens[10:]) == (((10, 15),), tuple(said))
+        session.rewind(to=7)
+        next(begun)
+        assert session.turns == ((7, 8),)
+        session.append(WORDS[:2])
+        next(begun)
+        assert session.turns == ((7, 8), (10, 11))
+        other = session.generate(3)
+        next(other)
+        next(begun)
+        assert session.turns == ((7, 8), (10, 11), (11, 12), (12, 13))
+
+
+def test_a_conversation_that_filled_the_cache_is_gone_on_with(store):
+    with Model.open(programs.path("stock_fp32")) as model:
+        with Session(model, store, "full", autosave=True) as session:
+            session.append(WORDS[:507])
+            list(session.generate())
+            assert session.n_tokens == 513
+        session = Session(model, store, "full")
+        assert (session.n_tokens, len(session.pending)) == (513, 1)
+        session.keep_sink(4, 500)
+        other = Session(model, store)
+        other.append(WORDS[900:910])
+        assert next(session.generate(1)) < 96
+        assert session.n_tokens < 300
+
+
+def test_logits_of_an_edited_cache_are_not_kept_for_later(store):
+    with Model.open(programs.path("stock_fp32")) as model:
+        session = Session(model, store, "chat", store_logits=True)
+        session.append(WORDS[:60])
+        list(session.generate(3))
+        session.strike(4, 24)
+        session.append(WORDS[70:73])
+        turn_start = session.n_tokens
+        list(session.generate(4))
+        assert model.cache.exact_n_tokens == 4
+        session.save()
+        other = Session(model)
+        other.append(WORDS[800:820])
+        session.rewind(to=turn_start)
+        found = session.logits
+        torch.testing.assert_close(found, fresh(model, session)[0], atol=1e-4, rtol=1e-4)
+        resumed = Session(model, store, "chat", store_logits=True)
+        resumed.rewind(to=turn_start)
+        torch.testing.assert_close(resumed.logits, found, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"model": "model.pte"}, {"store": "sessions.db"}, {"metadata": 5}]
+)
+def test_parts_of_another_kind_are_refused(model, store, wrong):
+    with pytest.raises(InputError, match="expected a"):
+        Session(**{"model": model, "store": store, **wrong})
+
+
+def test_arguments_of_another_kind_are_refused(model):
+    session = Session(model)
+    session.append(WORDS[:20])
+    for wrong in (
+        lambda: session.generate(3, stop=5),
+        lambda: session.replace(1, 2, 5),
+        lambda: session.append(5),
+    ):
+        with pytest.raises((InputError, TokensError)):
+            wrong()
+
+
+def test_a_fork_changes_nothing_of_the_original(store):
+    with Model.open(programs.path("stock_fp32")) as model:
+        session = Session(model, store, metadata={"notes": [1]})
+        session.append(WORDS[:20])
+        session.keep_sink(4, 30)
+        fork = session.fork("fork")
+        fork.metadata["notes"].append(2)
+        assert session.metadata == {"notes": [1]}
+        list(fork.generate(40))
+        assert fork.n_tokens <= 35
+
+
+def test_stored_logits_of_another_shape_are_left_out(store):
+    with Model.open(programs.path("stock_fp32")) as model:
+        session = Session(model, store, "chat", store_logits=True)
+        session.append(WORDS[:40])
+        list(session.generate(3))
+        session.save()
+        hit = store.load_session(model.cache, name="chat")
+        state = hit.metadata["runtime_adapter.session"]
+        for raw in (b"\0\0\0\0", b""):
+            state |= {"logits": {"40": raw}, "cuts": [[40, 1]], "pending": [], "turns": []}
+            model.cache.truncate(0)
+            model.forward(WORDS[:40], start=0)
+            store.save_session(model.cache, WORDS[:40], name="chat", metadata=hit.metadata)
+            resumed = Session(model, store, "chat")
+            resumed.rewind(to=40)
+            same_as_fresh(model, resumed)
+
+
+def test_a_sampler_that_was_set_out_of_range_is_refused_when_it_is_saved(store):
+    with Model.open(programs.path("stock_fp32")) as model:
+        session = Session(model, store, "chat")
+        session.append(WORDS[:20])
+        session.sampler.temperature = -1
+        with pytest.raises(InputError, match="temperature"):
+            session.save()

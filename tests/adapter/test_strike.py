@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from importlib.resources import files
 
@@ -149,7 +150,7 @@ def test_the_rotation_is_measured_and_the_cache_left_as_it_was(name):
                 atol=tolerance,
                 rtol=1e-3,
             )
-        assert rope_of(model) is spec
+        assert rope_of(model) == spec
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -256,10 +257,10 @@ def test_a_given_rotation_is_checked_on_the_model():
         session.append(WORDS[:60])
         right = LayerRope.standard(n_rotary_dims=16)
         for wrong, told in (
-            ({0: right}, "rotation for layer 1"),
+            ({0: right}, "a LayerRope for layer 1"),
             ({0: right, 1: LayerRope.standard(n_rotary_dims=16, theta=5e5)}, r"layer 1: .*given"),
             ({0: LayerRope.standard(n_rotary_dims=16, pairing=Pairing.HALVES), 1: right}, "found"),
-            ({0: LayerRope.standard(n_rotary_dims=32), 1: right}, "at most 8 frequencies"),
+            ({0: LayerRope.standard(n_rotary_dims=32), 1: right}, "1 to 8 frequencies"),
         ):
             with pytest.raises(InputError, match=told):
                 session.strike(10, 20, rope=wrong)
@@ -269,13 +270,37 @@ def test_a_given_rotation_is_checked_on_the_model():
         assert session.n_tokens == 51
 
 
-@pytest.mark.parametrize("name", ["lfm2", pytest.param("turboquant", marks=slow)])
+def test_a_rotation_that_was_seen_from_too_near_moves_nothing_far():
+    """int8 keys of which a ring shows 16 positions only."""
+    with opened("quantized_ring") as model:
+        session = Session(model)
+        session.append(WORDS[:40])
+        known = LayerRope.standard(n_rotary_dims=16)
+        keys = torch.randn(50, 2, 16, generator=torch.Generator().manual_seed(0))
+        n_refused = 0
+        for distance in (3, 100, 300, 500, 4000):
+            spec = {}
+            with contextlib.suppress(UnsupportedStateError):
+                spec = rope_of(model, distance=distance)
+            n_refused += not spec
+            for layer in spec.values():  # then it is known well enough
+                difference = layer.rotate(keys, distance) - known.rotate(keys, distance)
+                assert float(difference.abs().max() / keys.abs().max()) < 0.06, distance
+        assert 0 < n_refused < 5
+        with pytest.raises(UnsupportedStateError, match="give it as"):
+            rope_of(model, distance=4000)
+        assert rope_of(model, {0: known, 1: known}, distance=500) == {0: known, 1: known}
+
+
+@pytest.mark.parametrize(
+    "name", ["lfm2", *(pytest.param(n, marks=slow) for n in ("turboquant", "sink", "plain_sink"))]
+)
 def test_state_that_cannot_forget_a_part_is_refused(name):
     with opened(name) as model:
         session = Session(model)
         session.append(WORDS[:40])
         for change in (lambda: session.strike(5, 9), lambda: session.keep_sink(4, 100)):
-            with pytest.raises(UnsupportedStateError, match="replace"):
+            with pytest.raises(UnsupportedStateError, match=r"replace|by itself"):
                 change()
         assert session.n_tokens == 40
         assert session.append([5]).n_live_tokens == 40
