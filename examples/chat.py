@@ -73,9 +73,12 @@ class Chat:
 
     def say(self, text: str) -> None:
         """Add what was typed, and let the model answer."""
-        start = self.session.n_tokens
-        self.current.append(self.options.before + text + self.options.after)
-        self.starts.append(start)
+        self.starts.append(self.session.n_tokens)  # saved together with what is said
+        try:
+            self.current.append(self.options.before + text + self.options.after)
+        except BaseException:
+            self.starts.pop()
+            raise
         self.answer()
 
     def answer(self) -> None:

@@ -539,8 +539,6 @@ class Session:
 
     def _metadata(self, n_cached_tokens: int) -> dict[str, Any]:
         """What a save of the first ``n_cached_tokens`` says beside them."""
-        if STATE_KEY in self.metadata:
-            raise InputError(f"metadata: expected no key {STATE_KEY!r}: it is the session's own")
         state = pack_state(
             self._conversation,
             self.sampler,
@@ -613,6 +611,8 @@ class Session:
         if self._is_closed:
             raise InputError("Session: expected an open one, found that it was closed")
         self._model.cache.check_open()
+        if STATE_KEY in self.metadata:
+            raise InputError(f"metadata: expected no key {STATE_KEY!r}: it is the session's own")
         if self._saver is not None:
             self._saver.check()
 
