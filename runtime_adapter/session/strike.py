@@ -240,28 +240,33 @@ def _turn(
 
 
 def _sample(model: Model) -> Samples:
-    """The keys of a few tokens, each repeated: at all positions, or those that a ring holds.
+    """The keys of a few tokens, each repeated: as many positions of each as a layer shows.
 
-    More are computed than the smallest ring has slots, so that keys which follow the slot
-    and not the position are no rotation.
+    The first one goes on past the end of the smallest ring, so that keys which follow the slot
+    and not the position are seen to be no rotation.
     """
     cache = model.cache
-    rings = [spec.capacity_n_tokens for spec in cache.layout.tensors if spec.window_n_tokens]
-    n_tokens = max(_SAMPLE_N_POSITIONS, *(slots * 5 // 4 for slots in [min(rings, default=0)]))
-    n_tokens = min(n_tokens, cache.capacity_n_tokens)
+    n_positions = min(_SAMPLE_N_POSITIONS, cache.capacity_n_tokens)
+    ring = min(
+        (spec.capacity_n_tokens for spec in cache.layout.tensors if spec.window_n_tokens),
+        default=1,
+    )
+    around = max(n_positions, ring) // ring * ring  # a multiple of the ring: there it starts anew
+    lengths = [min(around + min(ring // 4, n_positions // 2), cache.capacity_n_tokens)]
+    lengths += [n_positions] * (_SAMPLE_N_TOKENS - 1)
+    n_samples = _SAMPLE_N_TOKENS if model.piece_n_tokens > 1 else _SAMPLE_N_TOKENS_SLOWLY
     before = cache.copy_all()
     samples: dict[int, list[Any]] = {}
     try:
-        n_samples = _SAMPLE_N_TOKENS if model.piece_n_tokens > 1 else _SAMPLE_N_TOKENS_SLOWLY
         step = max(1, model.vocab_size // (n_samples + 1))
-        for token in range(step, step * (n_samples + 1), step):
+        for number, length in zip(range(1, n_samples + 1), lengths, strict=False):
             cache.truncate(0)
-            model.forward([token] * n_tokens, start=0)
-            for number, layer in layers_of(cache).items():
-                if "k" in layer:
-                    start, stop = layer.k.valid[-1]
-                    keys = read_keys(layer, start, stop).numbers()
-                    samples.setdefault(number, []).append(keys)
+            model.forward([number * step] * length, start=0)
+            for layer, view in layers_of(cache).items():
+                if "k" in view:
+                    start, stop = view.k.valid[-1]
+                    samples.setdefault(layer, []).append(read_keys(view, start, stop).numbers())
     finally:
         cache.put_back(before)
-    return samples
+    shown = {layer: min(map(len, rows)) for layer, rows in samples.items()}
+    return {layer: [keys[-shown[layer] :] for keys in rows] for layer, rows in samples.items()}
