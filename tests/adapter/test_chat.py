@@ -30,6 +30,16 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
+_opened = []
+
+
+@pytest.fixture(autouse=True)
+def no_terminal_is_left():
+    yield
+    while _opened:
+        _opened.pop().kill()
+
+
 class Terminal:
     """A chat in a terminal of its own: type, and wait for what it prints."""
 
@@ -47,13 +57,15 @@ class Terminal:
         )
         os.close(other)
         self._screen = ""
+        _opened.append(self)
         self.wait_for("> $")
 
-    def wait_for(self, pattern):
+    def wait_for(self, pattern, seconds=PATIENCE_SECONDS):
         """What was printed up to ``pattern``, at the end of the screen."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + seconds
         while not re.search(pattern, self._screen):
-            assert time.monotonic() < deadline, self._screen
+            if time.monotonic() >= deadline:
+                raise TimeoutError(self._screen)
             if select.select([self._main], [], [], 1)[0]:
                 self._screen += os.read(self._main, 4096).decode(errors="replace")
         shown, self._screen = self._screen.replace("\r\n", "\n"), ""
@@ -64,8 +76,14 @@ class Terminal:
         shown = self.wait_for(until)
         return shown.removeprefix(line).removeprefix("\n").removesuffix("> ")
 
-    def press(self, key):
-        os.write(self._main, key)
+    def interrupt(self):
+        """Press Ctrl-C until there is a prompt: one that comes between readline's own steps is
+        seen with the next key only."""
+        for _ in range(PATIENCE_SECONDS // 3):
+            os.write(self._main, b"\x03")
+            with contextlib.suppress(TimeoutError):
+                return self.wait_for("> $", seconds=3)
+        raise TimeoutError(self._screen)
 
     def text(self):
         return self.type("/text")
@@ -139,13 +157,11 @@ def test_control_c_stops_the_answer_and_keeps_what_was_said(db):
     chat = Terminal(db, "--max-new-tokens", "3000", "--temperature", "1.0")
     os.write(chat._main, b"import os\n")
     chat.wait_for("import os\r?\n.{5}")
-    chat.press(b"\x03")
-    chat.wait_for("> $")
+    chat.interrupt()
     said = chat.text()
     assert said.startswith("import os\n")
     assert len(said) < 3000
-    chat.press(b"\x03")
-    chat.wait_for("> $")
+    chat.interrupt()
     chat.end()
     again = Terminal(db)
     assert again.text() == said
