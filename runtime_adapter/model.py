@@ -81,7 +81,8 @@ class Model:
         ``data_path`` is the ``.ptd`` with its weights, if they lie outside. A program whose buffers
         have no names (stock exports) is loaded from a named copy: at ``named_copy``, or in
         ``cache_dir`` (default: the user's cache directory), where it is reused. The first time
-        a file is seen it is analysed, which takes about ten seconds; later about one.
+        a file is seen it is analysed, and takes its first steps in a process of its own, since a
+        damaged one may not survive them; that takes some ten seconds. Later opening takes one.
 
         Raises:
             InputError: a path argument is not a path.
@@ -226,17 +227,9 @@ class Model:
 
     def _compute(self, piece: list[int]) -> torch.Tensor:
         """Run the program on ``piece`` behind what the cache holds; the last token's logits."""
-        import torch
-
-        signature = self._analysis.signature
-        position = self._cache.n_tokens
-        ids = torch.tensor([piece], dtype=getattr(torch, signature.tokens_dtype))
-        n_positions = len(piece) if signature.position_is_per_token else 1
-        positions = torch.arange(
-            position, position + n_positions, dtype=getattr(torch, signature.position_dtype)
-        )
+        arguments = self._analysis.signature.arguments(piece, start=self._cache.n_tokens)
         try:
-            logits = self._last_logits(self._method.execute([ids, positions]))
+            logits = self._last_logits(self._method.execute(runtime.input_tensors(arguments)))
             # Only now: if the runtime stops, the cache's length is what surely holds.
             self._cache.extend(piece, logits=logits)
         except BaseException:  # an interrupt after the program ran leaves it ahead of the cache

@@ -1,4 +1,4 @@
-"""What happens to a program before it is loaded: analysed, its buffers named, operators loaded.
+"""What happens to a program before it is loaded: analysed, tried out, its buffers named.
 
 The analysis is remembered and the named copy kept, so that all of this takes
 milliseconds for a program that was opened before.
@@ -18,10 +18,13 @@ from runtime_adapter.program.analysis import ProgramAnalysis, analyze
 from runtime_adapter.program.naming import write_named_copy
 from runtime_adapter.runtime import method as runtime
 from runtime_adapter.runtime.libraries import ensure_operators, operator_schema
+from runtime_adapter.runtime.trial import try_out
 from runtime_adapter.userdir.copies import named_copy as cached_copy
 from runtime_adapter.userdir.filecache import FileCache, ProgramIdentity
 
 log = logging.getLogger("runtime_adapter")
+
+_TRIAL_N_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +70,16 @@ def prepared(
     program = _path("path", path)
     data = None if data_path is None else _path("data_path", data_path)
     files = FileCache(None if cache_dir is None else _path("cache_dir", cache_dir))
-    analysis, identity = _analysis_of(program, data_path=data, method=method, files=files)
+    identity = _identity(program, data_path=data)
+    analysis = _remembered(identity, method=method, files=files)
+    is_new = analysis is None
+    if analysis is None:
+        analysis = analyze(program, data_path=data, method=method, schema_of=operator_schema)
     _check_backends(analysis, path=program)
     ensure_operators(analysis.operators)
+    if is_new:
+        _try_out(program, analysis, data_path=data, method=method)
+        _remember(identity, analysis, program, data_path=data, method=method, files=files)
     with contextlib.ExitStack() as stack:
         copy: Path | None = None
         if not analysis.is_named:
@@ -102,20 +112,46 @@ def _identity(path: Path, *, data_path: Path | None) -> ProgramIdentity | None:
         return None
 
 
-def _analysis_of(
-    path: Path, *, data_path: Path | None, method: str, files: FileCache
-) -> tuple[ProgramAnalysis, ProgramIdentity | None]:
-    """The remembered analysis of the file, or a new one, remembered from now on."""
-    identity = _identity(path, data_path=data_path)
-    if identity is not None:
-        remembered = files.recall(identity, method=method)
-        if remembered is not None:
-            with contextlib.suppress(InputError):  # written by another version
-                return ProgramAnalysis.from_json(remembered), identity
-    analysis = analyze(path, data_path=data_path, method=method, schema_of=operator_schema)
+def _remembered(
+    identity: ProgramIdentity | None, *, method: str, files: FileCache
+) -> ProgramAnalysis | None:
+    """The analysis of these very files, if they were opened before."""
+    entry = None if identity is None else files.recall(identity, method=method)
+    if entry is not None:
+        with contextlib.suppress(InputError):  # written by another version
+            return ProgramAnalysis.from_json(entry)
+    return None
+
+
+def _remember(
+    identity: ProgramIdentity | None,
+    analysis: ProgramAnalysis,
+    path: Path,
+    *,
+    data_path: Path | None,
+    method: str,
+    files: FileCache,
+) -> None:
+    """Keep an analysis for the next time, if the files are still those that were analysed."""
     if identity is not None and identity == _identity(path, data_path=data_path):
         files.remember(identity, method=method, analysis=analysis.to_json())
-    return analysis, identity
+
+
+def _try_out(path: Path, analysis: ProgramAnalysis, *, data_path: Path | None, method: str) -> None:
+    """Let a program that was never opened take its first steps where it can do no harm."""
+    signature = analysis.signature
+    n_tokens = min(_TRIAL_N_TOKENS, signature.max_n_tokens, analysis.capacity_n_tokens - 1)
+    try_out(
+        path,
+        method=method,
+        data_path=data_path,
+        operators=analysis.operators,
+        # A prompt and, where there is room, a token behind it.
+        steps=[
+            signature.arguments([0] * max(n_tokens, 1), start=0),
+            *([signature.arguments([0], start=n_tokens)] if n_tokens else []),
+        ],
+    )
 
 
 @contextlib.contextmanager
@@ -156,7 +192,9 @@ def _ensure_copy(
                 raise
         else:
             return
-    there, _ = _analysis_of(copy, data_path=data, method=method, files=files)
+    identity = _identity(copy, data_path=data)
+    remembered = _remembered(identity, method=method, files=files)
+    there = remembered or analyze(copy, data_path=data, method=method, schema_of=operator_schema)
     # The layouts are compared too, because a fingerprint says nothing about names.
     if not there.is_named or (there.fingerprint, there.layout) != (
         analysis.fingerprint,
@@ -166,6 +204,8 @@ def _ensure_copy(
             f"{copy}: expected nothing there, or the named copy of {path}; found another "
             "program. Remove it, or choose another path for named_copy="
         )
+    if remembered is None:  # equal to a program that was tried out
+        _remember(identity, there, copy, data_path=data, method=method, files=files)
 
 
 def _check_backends(analysis: ProgramAnalysis, *, path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvstore.errors import ProgramSignatureError
 from runtime_adapter.pte.instructions import TensorValue
@@ -29,6 +31,15 @@ class Signature:
     logits_dtype: str
     logits_are_per_token: bool
     vocab_size: int
+
+    def arguments(self, tokens: Sequence[int], *, start: int) -> list[tuple[str, list[Any]]]:
+        """What the method takes to compute ``tokens`` from position ``start`` on.
+
+        A dtype's name and values a tensor, those nested as its shape has it.
+        """
+        n_positions = len(tokens) if self.position_is_per_token else 1
+        positions = list(range(start, start + n_positions))
+        return [(self.tokens_dtype, [list(tokens)]), (self.position_dtype, positions)]
 
 
 def read_signature(flow: Dataflow) -> Signature:

@@ -101,7 +101,3 @@ def _load_libraries(missing: Collection[str]) -> list[str]:
         except OSError as error:
             notes.append(f"{path.name} does not load: {error}")
     return notes
-
-
-def _namespace(operator: str) -> str:
-    return operator.partition("::")[0]

@@ -39,6 +39,9 @@ _BINDINGS = (
     "executorch.extension.pybindings._C",
     "executorch.extension.pybindings._portable_lib",
 )
+Argument = tuple[str, Sequence[Any]]
+"""A dtype's name and the values, nested as the shape has it."""
+
 _INSTALL = "install it with: pip install 'kvstore[executorch]'"
 _SHOWN_N_OPERATORS = 8
 
@@ -122,6 +125,14 @@ def load_library(path: Path) -> None:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
+def loaded_libraries() -> list[str]:
+    """The shared libraries of operators that this process loaded through PyTorch."""
+    _binding()
+    import torch
+
+    return sorted(torch.ops.loaded_libraries)
+
+
 def argument_types(operator: str) -> tuple[str, ...] | None:
     """The types of the arguments of ``aten::add.out``, as its registered schema has them.
 
@@ -156,6 +167,13 @@ def missing_operators_error(
         "torch.ops.load_library(path) before opening the model, or use the ExecuTorch "
         "version that exported the program"
     )
+
+
+def input_tensors(arguments: Sequence[Argument]) -> list[torch.Tensor]:
+    """Arguments as the tensors that ``LoadedMethod.execute`` takes."""
+    import torch
+
+    return [torch.tensor(values, dtype=getattr(torch, dtype)) for dtype, values in arguments]
 
 
 class _Owner(ctypes.Array[ctypes.c_uint8]):

@@ -1,8 +1,8 @@
-"""Open copies of a program with flipped bits, each in a process of its own.
+"""Open and run copies of a program with flipped bits, each in a process of its own.
 
     python -m tests.adapter.bit_flips PROGRAM FIRST_SEED N FOLDER
 
-Prints one line a copy: the name of the error, ``opened``, or ``died`` with the signal.
+Prints one line a copy: the name of the error, ``ran``, or ``died`` with the signal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def flipped(data: bytes, n_program_bytes: int, *, seed: int) -> bytes:
 
 
 def outcome(data: bytes, folder: Path) -> str:
-    """What ``Model.open`` makes of a program, found out in a child process."""
+    """What opening and running a program comes to, found out in a child process."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -39,8 +39,9 @@ def outcome(data: bytes, folder: Path) -> str:
         path = folder / "flipped.pte"
         path.write_bytes(data)
         try:
-            Model.open(path, cache_dir=folder / f"cache-{os.getpid()}")
-            said = "opened"
+            model = Model.open(path, cache_dir=folder / f"cache-{os.getpid()}")
+            model.forward([1, 2, 3, 4], start=0)
+            said = "ran"
         except KVStoreError as error:
             said = type(error).__name__
         os.write(writer, said.encode())

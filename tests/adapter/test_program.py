@@ -348,7 +348,7 @@ def test_a_program_with_flipped_bits_is_refused_or_another_model(tmp_path: Path,
     assert not [said for said in outcomes if said.startswith("died")]
 
 
-def _first_call(path: Path, operator: str) -> tuple[int, ...]:
+def first_call(path: Path, operator: str) -> tuple[int, ...]:
     """The arguments of the first call of ``operator``, as indices of values."""
     plan = read_program(path).program.execution_plan[0]
     names = [f"{entry.name}.{entry.overload}" for entry in plan.operators]
@@ -358,6 +358,15 @@ def _first_call(path: Path, operator: str) -> tuple[int, ...]:
         for call in calls
         if type(call).__name__ == "KernelCall" and names[call.op_index] == operator
     )
+
+
+def with_another_argument(path: Path, operator: str, argument: int, value: int) -> bytes:
+    """A copy of a program whose first call of ``operator`` has another value for ``argument``."""
+    data = bytearray(path.read_bytes())
+    args = first_call(path, operator)
+    place = data.index(struct.pack(f"<I{len(args)}i", len(args), *args)) + 4
+    struct.pack_into("<i", data, place + 4 * argument, value)
+    return bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -374,14 +383,21 @@ def test_a_call_with_an_argument_of_another_kind_is_corrupt(
     tmp_path: Path, operator: str, argument: int, replaced_by: int, expected: str
 ) -> None:
     """The kernel would end the process: it unpacks its arguments without looking."""
-    data = bytearray(programs.path("stock_fp32").read_bytes())
-    args = _first_call(programs.path("stock_fp32"), operator)
-    place = data.index(struct.pack(f"<I{len(args)}i", len(args), *args)) + 4
-    struct.pack_into("<i", data, place + 4 * argument, args[replaced_by])
+    source = programs.path("stock_fp32")
+    value = first_call(source, operator)[replaced_by]
     path = tmp_path / "model.pte"
-    path.write_bytes(data)
+    path.write_bytes(with_another_argument(source, operator, argument, value))
     with pytest.raises(CorruptProgramError, match=expected):
         Model.open(path, cache_dir=tmp_path / "cache")
+
+
+def _with_another_argument(path: Path, operator: str, argument: int, value: int) -> bytes:
+    """A copy of a program whose first call of ``operator`` has another value for ``argument``."""
+    data = bytearray(path.read_bytes())
+    args = first_call(path, operator)
+    place = data.index(struct.pack(f"<I{len(args)}i", len(args), *args)) + 4
+    struct.pack_into("<i", data, place + 4 * argument, value)
+    return bytes(data)
 
 
 def test_a_bit_flip_in_the_weights_is_another_model(tmp_path: Path) -> None:
