@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvstore import Fingerprint, Held, Kind, Layout, TensorSpec, TokenLog
+from kvstore import Fingerprint, Held, Kind, Layout, Lineage, TensorSpec, TokenLog
 
 
 def llama_1b_layout(*, capacity_n_tokens: int, dtype: str = "bfloat16") -> Layout:
@@ -35,7 +35,6 @@ class SyntheticCache:
     def __init__(self, layout: Layout, *, fill: bool = True, seed: int = 0) -> None:
         self.layout = layout
         self.fingerprint = Fingerprint(weights=bytes(32), program=bytes(32), layout=layout.digest)
-        self.taint: str | None = None
         generator = np.random.default_rng(seed)
         self.memory = [
             _values(generator, spec) if fill else np.zeros(spec.nbytes, np.uint8)
@@ -58,6 +57,11 @@ class SyntheticCache:
         """How the cache came to hold them."""
         return self._log.held
 
+    @property
+    def edits(self) -> Lineage:
+        """None: all of it is as computed."""
+        return self._log.edits
+
     def buffer(self, index: int) -> memoryview:
         """The bytes of one tensor."""
         return self.memory[index].data
@@ -66,9 +70,9 @@ class SyntheticCache:
         """Forget the tokens behind ``n_tokens``."""
         self._log.truncate(n_tokens)
 
-    def adopt(self, tokens: Sequence[int]) -> None:
+    def adopt(self, tokens: Sequence[int], edits: Lineage = ()) -> None:
         """The slots hold what ``tokens`` need: a load put it there."""
-        self._log.adopt(tokens)
+        self._log.adopt(tokens, edits)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Let the next slots stand for ``tokens``, as ``forward`` does."""

@@ -10,6 +10,7 @@ from kvstore.db.stats import StoreStats
 from kvstore.errors import KVStoreError
 from kvstore.kinds import Held, Kind
 from kvstore.layout import Fingerprint, Layout, LiveCache, TensorSpec
+from kvstore.lineage import Edit, Lineage, lineage_of
 from kvstore.load import LoadResult, MissReason
 from kvstore.prune import PruneResult
 from kvstore.save import SaveResult
@@ -22,11 +23,13 @@ from kvstore.verify import VerifyReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "Edit",
     "Fingerprint",
     "Held",
     "KVStoreError",
     "Kind",
     "Layout",
+    "Lineage",
     "LiveCache",
     "LoadResult",
     "MissReason",
@@ -38,6 +41,7 @@ __all__ = [
     "TensorSpec",
     "TokenLog",
     "VerifyReport",
+    "lineage_of",
     "open",
     "token_ids",
 ]

@@ -18,13 +18,20 @@ from kvstore.db.models import SpaceRow
 from kvstore.db.writing import write_transaction
 from kvstore.errors import CorruptStoreError
 from kvstore.layout import Layout
+from kvstore.lineage import Lineage, extras_up_to
 from kvstore.match import ChunkMatch, is_base, is_genuine, piece_blobs, pieces
 from kvstore.prefix import Key, full_chunk_keys
 from kvstore.tokens import TokenIds
 
 
 def find_damaged(
-    connection: sa.Connection, space: SpaceRow, layout: Layout, ids: TokenIds, *, start: int
+    connection: sa.Connection,
+    space: SpaceRow,
+    layout: Layout,
+    ids: TokenIds,
+    lineage: Lineage,
+    *,
+    start: int,
 ) -> Key | None:
     """The key of the first damaged chunk on the path of ``ids``, or beside its end.
 
@@ -32,7 +39,7 @@ def find_damaged(
     that they hold or borrow.
     """
     size = space.chunk_n_tokens
-    keys = full_chunk_keys(space.root, ids, chunk_n_tokens=size)
+    keys = full_chunk_keys(space.root, ids, lineage, chunk_n_tokens=size)
     stored = chunks.by_keys(connection, keys)
     parent_key, n_found = space.root, 0
     for number, key in enumerate(keys):
@@ -49,7 +56,11 @@ def find_damaged(
     first = n_found * size
     rest = array("Q", ids[first : first + size])
     try:
-        siblings = chunks.neighbours(connection, parent_key, rest) if rest else []
+        siblings = [
+            sibling
+            for extras, _ in extras_up_to(lineage, first, first + len(rest))
+            for sibling in chunks.neighbours(connection, parent_key, rest, extras=extras)
+        ]
     except CorruptStoreError:
         return None  # a save passes over such a row, or meets it by its key
     found = (_damaged_owner(connection, layout, sibling) for sibling in siblings)

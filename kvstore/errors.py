@@ -6,7 +6,6 @@
     |   `-- MetadataError           application metadata that cannot be stored
     |-- CacheError                  the live cache and the call disagree
     |   |-- CacheMismatchError      the cache holds fewer tokens than claimed, or other ones
-    |   |-- TaintedCacheError       the cache was changed by hand, so it is not exact
     |   |-- CapacityError           more tokens than the cache has room for
     |   |-- PositionError           forward() at a start that is not the cache's length
     |   `-- RewindError             a ring or recurrent state cannot go back that far
@@ -82,12 +81,6 @@ class CacheMismatchError(CacheError):
     """The cache holds fewer tokens than claimed, or other ones."""
 
     exit_code = 21
-
-
-class TaintedCacheError(CacheError):
-    """The cache was changed by hand, so it can no longer be stored as exact."""
-
-    exit_code = 22
 
 
 class CapacityError(CacheError):

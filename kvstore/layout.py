@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from kvstore.errors import InputError
 from kvstore.kinds import Held, Kind
+from kvstore.lineage import Lineage
 
 DTYPE_ITEMSIZE_NBYTES = {
     "bool": 1,
@@ -253,7 +254,7 @@ class LiveCache(Protocol):
     What lies in which slot is the tensor's kind's to say (``kvstore.kinds``): slot
     ``i`` of a full tensor holds token ``i``. Slots that no token of ``tokens``
     lies in mean nothing and are never read. ``kvstore.TokenLog`` keeps
-    ``tokens`` and ``held`` for whoever implements this.
+    ``tokens``, ``held`` and ``edits`` for whoever implements this.
     """
 
     @property
@@ -282,8 +283,8 @@ class LiveCache(Protocol):
         ...
 
     @property
-    def taint(self) -> str | None:
-        """Why the content is no longer exact, or None while it is."""
+    def edits(self) -> Lineage:
+        """Where the content is not what the model computes for ``tokens``; empty if it is."""
         ...
 
     def buffer(self, index: int) -> memoryview:
@@ -302,6 +303,6 @@ class LiveCache(Protocol):
         """
         ...
 
-    def adopt(self, tokens: Sequence[int]) -> None:
+    def adopt(self, tokens: Sequence[int], edits: Lineage = ()) -> None:
         """Record that the buffers now hold what ``tokens`` require, put there by a load."""
         ...

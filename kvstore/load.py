@@ -29,6 +29,7 @@ from kvstore.db.vendor import vendor_errors
 from kvstore.errors import CorruptStoreError, SessionNotFoundError, StoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import LiveCache
+from kvstore.lineage import Lineage, before
 from kvstore.load_plan import LoadItem, LoadPlan, LoadStep, plan_load
 from kvstore.match import blob_raw_nbytes
 from kvstore.tokens import TokenIds, common_prefix_n_tokens
@@ -82,7 +83,8 @@ class LoadResult:
     were live already; only the others were read. ``tokens`` and ``metadata``
     are the session's own after a load by name. ``session`` names a session
     whose chunks served (None for unnamed saves), ``chunks`` their keys in hex.
-    ``raw_nbytes`` were restored from ``stored_nbytes`` read.
+    ``raw_nbytes`` were restored from ``stored_nbytes`` read. ``edits`` says where
+    what the cache holds now is not what the model computes.
     """
 
     n_tokens: int
@@ -92,6 +94,7 @@ class LoadResult:
     reason: MissReason | None
     detail: str
     tokens: TokenIds
+    edits: Lineage
     metadata: dict[str, Any] | None
     session: str | None
     chunks: tuple[str, ...]
@@ -102,10 +105,11 @@ class LoadResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """A checked call of ``load_session``: token ids or a session's name."""
+    """A checked call of ``load_session``: token ids with their lineage, or a session's name."""
 
     cache: LiveCache
     ids: TokenIds | None
+    lineage: Lineage
     name: str | None
     namespace: str
     chunk_n_tokens: int
@@ -130,7 +134,7 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
     began = time.perf_counter()
     cache = request.cache
     with db.read_transaction(database.engine) as connection:
-        ids, metadata, revision = _wanted(connection, request, database)
+        ids, lineage, metadata, revision = _wanted(connection, request, database)
         space = models.find_space(
             connection,
             cache.fingerprint,
@@ -138,7 +142,7 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
             namespace=request.namespace,
         )
         with vendor_errors(database.path):
-            plan = plan_load(connection, cache, space, ids)
+            plan = plan_load(connection, cache, space, ids, lineage)
         outcome = _Restore(connection, cache, workers, database.path).run(plan)
 
         n_tokens = outcome.n_tokens
@@ -162,6 +166,7 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
             reason=reason,
             detail=detail,
             tokens=ids,
+            edits=before(lineage, n_tokens),
             metadata=metadata,
             session=session,
             chunks=tuple(match.chunk.key.hex() for match in used),
@@ -225,7 +230,8 @@ class _Restore:
                 valid_n_tokens = 0
                 cache.truncate(0)
             if valid_n_tokens > plan.kept_n_tokens:
-                cache.adopt(plan.ids[:valid_n_tokens])
+                edits = before(plan.lineage, valid_n_tokens)
+                cache.adopt(plan.ids[:valid_n_tokens], edits)
         return _Outcome(
             n_tokens=valid_n_tokens,
             raw_nbytes=self._raw_nbytes,
@@ -300,12 +306,12 @@ def _all_settled(pending: Sequence[Future[int]]) -> Iterator[None]:
 
 def _wanted(
     connection: sa.Connection, request: LoadRequest, database: Database
-) -> tuple[TokenIds, dict[str, Any] | None, Revision | None]:
-    """The token ids to restore; the metadata and the revision that come with a name."""
+) -> tuple[TokenIds, Lineage, dict[str, Any] | None, Revision | None]:
+    """What to restore; the metadata and the revision that come with a name."""
     if request.name is None:
         if request.ids is None:
             raise TypeError("a load needs token ids or a name")
-        return request.ids, None, None
+        return request.ids, request.lineage, None, None
     session = sessions.info(connection, namespace=request.namespace, name=request.name)
     if session is None:
         raise SessionNotFoundError(
@@ -317,7 +323,11 @@ def _wanted(
             f"{database.path}: session {request.name!r} should have {session.n_tokens} token ids, "
             f"found {len(ids)}; run `kvstore verify`, and restore a copy of the file"
         )
-    return ids, session.metadata, sessions.revision_of(connection, session.id)
+    try:
+        lineage = sessions.lineage_of(connection, session.id)
+    except CorruptStoreError:  # the row is met again on the way, where it is a reason to stop
+        lineage = ()
+    return ids, lineage, session.metadata, sessions.revision_of(connection, session.id)
 
 
 def _explain(

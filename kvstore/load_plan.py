@@ -16,10 +16,11 @@ from kvstore.db.models import SpaceRow
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import LOGITS_ROLE, Layout, LiveCache
+from kvstore.lineage import Lineage, n_common_tokens
 from kvstore.match import ChunkMatch, Piece, longest_prefix, piece_blobs, pieces
 from kvstore.prefix import Key
 from kvstore.ranges import Range, clip, intersect, subtract, union
-from kvstore.tokens import TokenIds, common_prefix_n_tokens
+from kvstore.tokens import TokenIds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class LoadStep:
 class LoadPlan:
     """What a load is going to do.
 
-    ``ids`` are wanted, and looked for in ``space``. The cache keeps its first
+    ``ids`` of ``lineage`` are wanted, and looked for in ``space``. The cache keeps its first
     ``kept_n_tokens`` and will hold ``n_tokens``, at most ``limit_n_tokens``. The
     stored tokens match ``matched_n_tokens`` of the prompt; ``limited_by`` is the
     tensor that cannot serve as many, if there is one.
@@ -52,6 +53,7 @@ class LoadPlan:
     """
 
     ids: TokenIds
+    lineage: Lineage
     space: SpaceRow | None
     limit_n_tokens: int
     kept_n_tokens: int
@@ -64,7 +66,11 @@ class LoadPlan:
 
 
 def plan_load(
-    connection: sa.Connection, cache: LiveCache, space: SpaceRow | None, ids: TokenIds
+    connection: sa.Connection,
+    cache: LiveCache,
+    space: SpaceRow | None,
+    ids: TokenIds,
+    lineage: Lineage,
 ) -> LoadPlan:
     """The longest prefix of ``ids`` that every tensor can serve, and the blobs that it takes."""
     layout = cache.layout
@@ -72,12 +78,13 @@ def plan_load(
         tensor.role == LOGITS_ROLE and tensor.token_axis is None for tensor in layout.tensors
     )
     limit = min(len(ids) if with_logits else len(ids) - 1, cache.capacity_n_tokens)
-    kept = _kept(cache, ids, limit)
+    kept = _kept(cache, ids, lineage, limit)
     matches: list[ChunkMatch] = []
     found: list[tuple[ChunkMatch, Piece, Sequence[BlobRow]]] = []
     damage: str | None = None
     try:
-        for match in () if space is None else longest_prefix(connection, space, ids[:limit]):
+        stored = () if space is None else longest_prefix(connection, space, ids[:limit], lineage)
+        for match in stored:
             matches.append(match)
             if layout.is_full and match.stop <= kept:
                 continue  # live already; not even its rows are needed
@@ -98,6 +105,7 @@ def plan_load(
         limited_by = None
     return LoadPlan(
         ids=ids,
+        lineage=lineage,
         space=space,
         limit_n_tokens=limit,
         kept_n_tokens=kept,
@@ -110,11 +118,9 @@ def plan_load(
     )
 
 
-def _kept(cache: LiveCache, ids: TokenIds, limit_n_tokens: int) -> int:
+def _kept(cache: LiveCache, ids: TokenIds, lineage: Lineage, limit_n_tokens: int) -> int:
     """How many tokens at the start of the live cache can stay."""
-    if cache.taint is not None:
-        return 0
-    common = common_prefix_n_tokens(array("Q", cache.tokens), ids)
+    common = n_common_tokens(array("Q", cache.tokens), cache.edits, ids, lineage)
     kept = min(common, limit_n_tokens)
     held = cache.held
     if all(kind_of(spec).can_truncate(spec, held, kept) for spec in cache.layout.tensors):

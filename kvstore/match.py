@@ -15,9 +15,10 @@ from kvstore.db.models import SpaceRow
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import Layout, TensorSpec
-from kvstore.prefix import chunk_key, full_chunk_keys
+from kvstore.lineage import Lineage, extras_up_to, n_common_tokens
+from kvstore.prefix import Key, chunk_key, full_chunk_keys
 from kvstore.ranges import Range, n_positions, union
-from kvstore.tokens import TokenIds, common_prefix_n_tokens
+from kvstore.tokens import TokenIds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +43,9 @@ class Piece:
 
 
 def longest_prefix(
-    connection: sa.Connection, space: SpaceRow, ids: TokenIds
+    connection: sa.Connection, space: SpaceRow, ids: TokenIds, lineage: Lineage
 ) -> Iterator[ChunkMatch]:
-    """The chunks that hold the longest stored prefix of ``ids``, in token order.
+    """The chunks that hold the longest stored prefix of ``ids`` of that lineage, in token order.
 
     A key finds a chunk; the stored token ids decide whether it is a match. The
     last match may cover only the first part of its chunk.
@@ -53,7 +54,7 @@ def longest_prefix(
         CorruptStoreError: a row is damaged; what came before it is a prefix.
     """
     size = space.chunk_n_tokens
-    keys = full_chunk_keys(space.root, ids, chunk_n_tokens=size)
+    keys = full_chunk_keys(space.root, ids, lineage, chunk_n_tokens=size)
     stored = chunks.by_keys(connection, keys)
     n_matches = 0
     parent_key = space.root
@@ -73,18 +74,38 @@ def longest_prefix(
     rest = array("Q", ids[start : start + size])
     if not rest:
         return
-    best: ChunkMatch | None = None
-    for sibling in chunks.neighbours(connection, parent_key, rest):
-        stop = start + common_prefix_n_tokens(sibling.tokens, rest)
-        if is_genuine(sibling, start) and stop > (best.stop if best else start):
-            best = ChunkMatch(chunk=sibling, stop=stop)
+    matches = (
+        ChunkMatch(chunk=sibling, stop=start + n_shared)
+        for sibling, n_shared in siblings(connection, parent_key, rest, lineage, start=start)
+    )
+    best = max(matches, key=lambda match: match.stop, default=None)
     if best is not None:
         yield best
 
 
+def siblings(
+    connection: sa.Connection, parent_key: Key, ids: TokenIds, lineage: Lineage, *, start: int
+) -> Iterator[tuple[ChunkRow, int]]:
+    """Chunks under one parent that begin as ``ids`` do, and how many tokens each shares.
+
+    ``ids`` begin at position ``start``. The one that shares most of all is among them.
+
+    Raises:
+        CorruptStoreError: a row is damaged.
+    """
+    for extras, stop in extras_up_to(lineage, start, start + len(ids)):
+        for sibling in chunks.neighbours(
+            connection, parent_key, ids[: stop - start], extras=extras
+        ):
+            n_shared = n_common_tokens(sibling.tokens, sibling.edits, ids, lineage, start=start)
+            if n_shared and is_genuine(sibling, start):
+                yield sibling, n_shared
+
+
 def is_genuine(chunk: ChunkRow, start: int) -> bool:
     """Whether a chunk that was not found by its key is what its key stands for, from ``start``."""
-    return chunk.start == start and chunk.key == chunk_key(chunk.parent_key, chunk.tokens)
+    key = chunk_key(chunk.parent_key, chunk.tokens, extras=chunk.extras)
+    return chunk.start == start and chunk.key == key
 
 
 def is_base(base: ChunkRow, borrower: ChunkRow) -> bool:
@@ -92,7 +113,10 @@ def is_base(base: ChunkRow, borrower: ChunkRow) -> bool:
     return (
         base.parent_key == borrower.parent_key
         and is_genuine(base, borrower.start)
-        and base.tokens[: borrower.base_n_tokens] == borrower.tokens[: borrower.base_n_tokens]
+        and borrower.base_n_tokens
+        <= n_common_tokens(
+            base.tokens, base.edits, borrower.tokens, borrower.edits, start=borrower.start
+        )
         and (base.base_id is None or base.base_n_tokens < borrower.base_n_tokens)
     )
 

@@ -11,6 +11,7 @@ import hashlib
 import struct
 from typing import NewType
 
+from kvstore.lineage import Lineage, pack_extras
 from kvstore.tokens import TokenIds, to_little_endian
 
 Key = NewType("Key", bytes)
@@ -48,7 +49,7 @@ def chunk_key(parent: Key, ids: TokenIds, *, extras: bytes = b"") -> Key:
     """The key of the chunk that holds ``ids`` directly behind ``parent``.
 
     ``extras`` is the encoding of whatever else decides the chunk's content
-    (hashes of images placed in it, a taint); empty for plain tokens. Hashed:
+    (``kvstore.lineage``); empty for plain tokens. Hashed:
     ``parent``, ``u32`` number of ids, the ids as ``u64``, ``u32`` length of
     ``extras``, ``extras``. Integers are little-endian.
     """
@@ -61,11 +62,15 @@ def chunk_key(parent: Key, ids: TokenIds, *, extras: bytes = b"") -> Key:
     return Key(hasher.digest())
 
 
-def full_chunk_keys(root: Key, ids: TokenIds, *, chunk_n_tokens: int) -> list[Key]:
+def full_chunk_keys(
+    root: Key, ids: TokenIds, lineage: Lineage = (), *, chunk_n_tokens: int
+) -> list[Key]:
     """The keys of all full chunks of ``ids``, first chunk first (a tail has none here)."""
     keys: list[Key] = []
     parent = root
     for start in range(0, len(ids) - chunk_n_tokens + 1, chunk_n_tokens):
-        parent = chunk_key(parent, ids[start : start + chunk_n_tokens])
+        stop = start + chunk_n_tokens
+        extras = pack_extras(lineage, start, stop)
+        parent = chunk_key(parent, ids[start:stop], extras=extras)
         keys.append(parent)
     return keys

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
@@ -28,6 +28,7 @@ from kvstore.db.sessions import Revision
 from kvstore.db.writing import write_transaction
 from kvstore.errors import BudgetError, SessionConflictError, StoreBusyError
 from kvstore.layout import LiveCache
+from kvstore.lineage import n_exact_tokens, pack_extras
 from kvstore.match import blob_raw_nbytes
 from kvstore.prefix import Key, full_chunk_keys
 from kvstore.prune import keep_budget, make_room
@@ -38,6 +39,7 @@ from kvstore.save_plan import (
     Part,
     SaveRequest,
     Write,
+    has_exact_part,
     lacking_parts,
     plan_save,
 )
@@ -54,13 +56,15 @@ class SaveResult:
     """What a save did.
 
     ``n_new_tokens`` were not in the file before, ``n_present_tokens`` were;
-    together they are ``n_tokens``. ``raw_nbytes`` and ``stored_nbytes`` are the
-    K and V written now, before and after the codec (a tail that became a full
-    chunk is written once more, as one).
+    together they are ``n_tokens``. The first ``n_exact_tokens`` are what the model computes,
+    and answer every look-up for them; those behind an edit only one with the same edits.
+    ``raw_nbytes`` and ``stored_nbytes`` are the K and V written now, before and after the codec
+    (a tail that became a full chunk is written once more, as one).
     """
 
     name: str | None
     n_tokens: int
+    n_exact_tokens: int
     n_new_tokens: int
     n_present_tokens: int
     raw_nbytes: int
@@ -105,6 +109,15 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
             chunks already written stay as cache, the session is unchanged.
     """
     began = time.perf_counter()
+    n_exact = n_exact_tokens(request.lineage, len(request.ids))
+    exact: Saved | None = None
+    if n_exact < len(request.ids):
+        with db.read_transaction(database.engine) as connection:
+            is_there = has_exact_part(connection, request, n_exact)
+        if not is_there:
+            # In a chunk of their own, from which the edited one borrows them.
+            first = replace(request, ids=request.ids[:n_exact], lineage=(), name=None)
+            exact = save(database, first, workers)
     saver = _Saver(database, request, workers)
     for _ in range(_MAX_ATTEMPTS):
         try:
@@ -122,13 +135,15 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
             f"{database.path}: other processes kept deleting, or building on, what this save "
             "is to write; try again"
         )
+    n_new_tokens = saver.n_new_tokens + (exact.result.n_new_tokens if exact else 0)
     result = SaveResult(
         name=request.name,
         n_tokens=len(request.ids),
-        n_new_tokens=saver.n_new_tokens,
-        n_present_tokens=len(request.ids) - saver.n_new_tokens,
-        raw_nbytes=saver.raw_nbytes,
-        stored_nbytes=saver.stored_nbytes,
+        n_exact_tokens=n_exact,
+        n_new_tokens=n_new_tokens,
+        n_present_tokens=len(request.ids) - n_new_tokens,
+        raw_nbytes=saver.raw_nbytes + (exact.result.raw_nbytes if exact else 0),
+        stored_nbytes=saver.stored_nbytes + (exact.result.stored_nbytes if exact else 0),
         seconds=time.perf_counter() - began,
     )
     return Saved(result=result, revision=saver.revision)
@@ -340,6 +355,7 @@ class _Saver:
             key=new.key,
             start=new.start,
             ids=new.ids,
+            extras=new.extras,
             base_id=None if new.base is None else new.base.id,
             base_n_tokens=new.base_n_tokens,
             raw_nbytes=raw_nbytes,
@@ -366,10 +382,15 @@ class _Saver:
             return
         ids = self._request.ids[: former.stop]
         before = full_chunk_keys(
-            space.root, ids[: former.start], chunk_n_tokens=space.chunk_n_tokens
+            space.root,
+            ids[: former.start],
+            self._request.lineage,
+            chunk_n_tokens=space.chunk_n_tokens,
         )
         parent_key = before[-1] if before else space.root
-        if former.parent_key != parent_key or former.tokens != ids[former.start :]:
+        extras = pack_extras(self._request.lineage, former.start, former.stop)
+        is_passed = (former.parent_key, former.extras) == (parent_key, extras)
+        if not is_passed or former.tokens != ids[former.start :]:
             return
         thin_checkpoints(
             connection,

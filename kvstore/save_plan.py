@@ -18,11 +18,12 @@ from kvstore.db.sessions import Revision
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import LiveCache
-from kvstore.match import ChunkMatch, is_genuine, pieces
-from kvstore.prefix import Key, chunk_key, root_key
+from kvstore.lineage import Lineage, pack_extras
+from kvstore.match import ChunkMatch, pieces, siblings
+from kvstore.prefix import Key, chunk_key, full_chunk_keys, root_key
 from kvstore.ranges import Range, clip, subtract
 from kvstore.thinning import keeps_checkpoint
-from kvstore.tokens import TokenIds, common_prefix_n_tokens
+from kvstore.tokens import TokenIds
 
 MIN_BORROWED_N_TOKENS = 16
 """Fewer common tokens than this are stored again rather than borrowed from a sibling.
@@ -32,15 +33,19 @@ of every prompt that shares the tokens.
 """
 
 
+_NO_BASE: tuple[ChunkRow | None, int] = (None, 0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRequest:
-    """A checked call of ``save_session``.
+    """A checked call of ``save_session``: what the cache holds of ``ids`` and ``lineage``.
 
     ``seen`` is the named session as its caller last saw it, or None.
     """
 
     cache: LiveCache
     ids: TokenIds
+    lineage: Lineage
     name: str | None
     metadata: bytes
     replace: bool
@@ -76,6 +81,7 @@ class NewChunk:
     parent_key: Key
     start: int
     ids: TokenIds
+    extras: bytes
     base: ChunkRow | None
     base_n_tokens: int
     present_n_tokens: int
@@ -117,6 +123,25 @@ def plan_save(connection: sa.Connection, request: SaveRequest) -> SavePlan:
     return _Planner(connection, request).plan()
 
 
+def has_exact_part(connection: sa.Connection, request: SaveRequest, n_tokens: int) -> bool:
+    """Whether an edited chunk finds the tokens before its edit, at ``n_tokens``, in another one.
+
+    Also if there is no such token in its chunk.
+    """
+    size = request.chunk_n_tokens
+    start = n_tokens // size * size
+    ids = request.ids[start:n_tokens]
+    root = root_key(
+        request.cache.fingerprint.model, chunk_n_tokens=size, namespace=request.namespace
+    )
+    before = full_chunk_keys(root, request.ids[:start], chunk_n_tokens=size)
+    try:
+        found = siblings(connection, before[-1] if before else root, ids, (), start=start)
+        return not ids or any(n_shared == len(ids) for _, n_shared in found)
+    except CorruptStoreError:
+        return False
+
+
 class _Planner:
     def __init__(self, connection: sa.Connection, request: SaveRequest) -> None:
         self._connection = connection
@@ -141,8 +166,9 @@ class _Planner:
                 namespace=request.namespace,
             )
         ]
-        for _, ids in slices:
-            keys.append(chunk_key(keys[-1], ids))
+        extras = [pack_extras(request.lineage, start, start + len(ids)) for start, ids in slices]
+        for (_, ids), more in zip(slices, extras, strict=True):
+            keys.append(chunk_key(keys[-1], ids, extras=more))
         existing = chunks.by_keys(self._connection, keys[1:])
         tip: Link | None = None
         writes: list[Write] = []
@@ -154,17 +180,20 @@ class _Planner:
                 tip = Link(id=row.id, key=row.key)
                 writes += self._fill_ins(ChunkMatch(chunk=row, stop=row.stop))
             else:
-                writes += self._new_chunk(keys[number + 1], keys[number], start, ids)
+                key, parent_key = keys[number + 1], keys[number]
+                writes += self._new_chunk(key, parent_key, start, ids, extras[number])
         return SavePlan(tip=tip, writes=tuple(writes))
 
-    def _new_chunk(self, key: Key, parent_key: Key, start: int, ids: TokenIds) -> list[Write]:
+    def _new_chunk(
+        self, key: Key, parent_key: Key, start: int, ids: TokenIds, extras: bytes
+    ) -> list[Write]:
         """Store all of the chunk, or only what no sibling holds."""
-        base: ChunkRow | None = None
-        base_n_tokens = 0
-        for sibling in self._siblings(parent_key, ids):
-            common = common_prefix_n_tokens(sibling.tokens, ids)
-            if common > base_n_tokens and is_genuine(sibling, start):
-                base, base_n_tokens = sibling, common
+        found = self._siblings(parent_key, ids, start)
+        base, base_n_tokens = max(found, key=_by_n_shared, default=_NO_BASE)
+        # What lies before an edit is never a part of the edited chunk: no exact look-up, and no
+        # other edit, would find it there.
+        exact = [one for one in found if extras and not one[0].extras]
+        exact_base = max(exact, key=_by_n_shared, default=_NO_BASE)
         present_n_tokens = base_n_tokens
         superseded_id = None
         must_borrow = base is not None and self._has_gone(base, start + base_n_tokens)
@@ -179,17 +208,20 @@ class _Planner:
             if len(ids) == self._request.chunk_n_tokens and not must_borrow:
                 # The tail is full: one blob a tensor instead of the tail's many,
                 # which nothing else needs and which go when this save is published.
-                base, base_n_tokens = None, 0
+                base, base_n_tokens = exact_base
+        is_worth_it = base_n_tokens >= MIN_BORROWED_N_TOKENS or not self._layout.is_full
+        if not (is_worth_it or must_borrow):
+            base, base_n_tokens = exact_base
         while base is not None and base_n_tokens <= base.base_n_tokens and base.base_id is not None:
             base = chunks.by_id(self._connection, base.base_id)  # what we share is not base's own
-        is_worth_it = base_n_tokens >= MIN_BORROWED_N_TOKENS or not self._layout.is_full
-        if base is None or not (is_worth_it or must_borrow):
-            base, base_n_tokens = None, 0
+        if base is None:
+            base_n_tokens = 0
         new = NewChunk(
             key=key,
             parent_key=parent_key,
             start=start,
             ids=ids,
+            extras=extras,
             base=base,
             base_n_tokens=base_n_tokens,
             present_n_tokens=present_n_tokens,
@@ -200,10 +232,11 @@ class _Planner:
             return [new]
         return [*self._fill_ins(ChunkMatch(chunk=base, stop=start + base_n_tokens)), new]
 
-    def _siblings(self, parent_key: Key, ids: TokenIds) -> list[ChunkRow]:
-        """The chunks under the parent that may share a start with ``ids``."""
+    def _siblings(self, parent_key: Key, ids: TokenIds, start: int) -> list[tuple[ChunkRow, int]]:
+        """The chunks under the parent that share a start with ``ids``, and how much of it."""
         with suppress(CorruptStoreError):  # nothing is borrowed from, or near, a damaged row
-            return chunks.neighbours(self._connection, parent_key, ids)
+            lineage = self._request.lineage
+            return list(siblings(self._connection, parent_key, ids, lineage, start=start))
         return []
 
     def _has_gone(self, base: ChunkRow, stop: int, *, but_thinned: bool = False) -> bool:
@@ -261,6 +294,10 @@ class _Planner:
                 self._connection, namespace=self._request.namespace, name=self._request.name
             )
         return not chunks.is_needed(self._connection, chunk.id, but_session_id=session_id)
+
+
+def _by_n_shared(one: tuple[ChunkRow | None, int]) -> int:
+    return one[1]
 
 
 def lacking_parts(

@@ -32,9 +32,9 @@ from kvstore.errors import (
     InputError,
     ReadOnlyStoreError,
     SessionNotFoundError,
-    TaintedCacheError,
 )
 from kvstore.layout import Fingerprint, LiveCache
+from kvstore.lineage import Edit, before, lineage_of
 from kvstore.load import LoadResult, MissReason
 from kvstore.manifest import pack_metadata
 from kvstore.prefix import DEFAULT_CHUNK_N_TOKENS, KEY_NBYTES
@@ -51,7 +51,7 @@ _MAX_CHUNK_N_TOKENS = 65536
 _MAX_BUSY_TIMEOUT_SECONDS = 86_400
 _MAX_AGE_SECONDS = 1e12
 _CACHE_MEMBERS = (
-    *("fingerprint", "layout", "tokens", "held", "capacity_n_tokens", "taint"),
+    *("fingerprint", "layout", "tokens", "held", "capacity_n_tokens", "edits"),
     *("buffer", "truncate", "adopt"),
 )
 _N_WORKERS = max(2, min(8, os.cpu_count() or 2))
@@ -126,14 +126,15 @@ class Store:
         ``tokens`` must be what the cache holds, or the start of it. With a
         ``name``, the session with its ``metadata`` is published in the last
         transaction: another process sees all of it or none. Without a name the
-        tokens are cache that a prune may take.
+        tokens are cache that a prune may take. What lies behind an edit of the
+        cache (``cache.edits``) is stored under keys that carry the edit, and
+        comes back to whoever asks for these edits, or loads the session by name.
 
         Raises:
             TokensError: ``tokens`` is empty or not integer ids.
             MetadataError: ``metadata`` cannot be stored.
             CapacityError: more tokens than the cache has room for.
             CacheMismatchError: the cache holds fewer tokens, or other ones.
-            TaintedCacheError: the cache was changed by hand.
             SessionConflictError: ``name`` belongs to another model's session, or another
                 process saved it since this store loaded or saved it, or looked for it in
                 vain; and ``replace`` is False.
@@ -143,15 +144,11 @@ class Store:
         self._check_writable()
         ids = token_ids(tokens)
         _check_cache(cache)
-        if cache.taint is not None:
-            raise TaintedCacheError(
-                f"expected a cache as the model computed it, but it was changed: {cache.taint}; "
-                "truncate(0) it and compute it again"
-            )
         _check_held(cache, ids)
         request = SaveRequest(
             cache=cache,
             ids=ids,
+            lineage=before(lineage_of(cache.edits), len(ids)),
             name=None if name is None else _check_name(name),
             metadata=pack_metadata(metadata),
             replace=replace,
@@ -174,6 +171,7 @@ class Store:
         tokens: Iterable[int] | None = None,
         *,
         name: str | None = None,
+        edits: Iterable[Edit] = (),
     ) -> LoadResult:
         """Put the longest stored prefix into the live cache; returns how far it got and why.
 
@@ -182,10 +180,13 @@ class Store:
         restored, so that ``forward`` on the rest gives the next logits. What the
         cache holds already and ``tokens`` share is kept. Afterwards the cache
         holds exactly ``result.tokens[:result.n_tokens]``, also after a failure.
+        Content that came about by an edit is restored only with the session's
+        name, or if ``edits`` has that edit; ``result.edits`` says so.
 
         Raises:
             TokensError: ``tokens`` is empty or not integer ids.
-            InputError: both or neither of ``tokens`` and ``name``.
+            InputError: both or neither of ``tokens`` and ``name``; ``edits`` with a name, or
+                not in order.
             SessionNotFoundError: no session has that name.
             StoreError: the file cannot be read at all.
         """
@@ -193,10 +194,14 @@ class Store:
         if (tokens is None) == (name is None):
             found = "neither" if tokens is None else "both"
             raise InputError(f"load_session: expected either tokens or name=, found {found}")
+        lineage = lineage_of(edits)
+        if name is not None and lineage:
+            raise InputError("load_session: expected edits= with tokens; a session has its own")
         _check_cache(cache)
         request = loading.LoadRequest(
             cache=cache,
             ids=None if tokens is None else token_ids(tokens),
+            lineage=lineage,
             name=None if name is None else _check_name(name),
             namespace=self._namespace,
             chunk_n_tokens=self._chunk_n_tokens,
@@ -395,7 +400,9 @@ class Store:
                 namespace=self._namespace,
             )
             key = (
-                damage.find_damaged(connection, space, layout, request.ids, start=start)
+                damage.find_damaged(
+                    connection, space, layout, request.ids, request.lineage, start=start
+                )
                 if space is not None
                 else None
             )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from kvstore.errors import CapacityError, RewindError
 from kvstore.kinds import Held, kind_of
 from kvstore.layout import Layout
+from kvstore.lineage import Edit, Lineage, before, edited
 
 
 class TokenLog:
@@ -22,6 +23,7 @@ class TokenLog:
         self._tokens = array("Q")
         self._peak_n_tokens = 0
         self._restored_n_tokens = 0
+        self._edits: Lineage = ()
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -36,6 +38,11 @@ class TokenLog:
             peak_n_tokens=self._peak_n_tokens,
             restored_n_tokens=self._restored_n_tokens,
         )
+
+    @property
+    def edits(self) -> Lineage:
+        """Where the content is not what the model computes for the tokens."""
+        return self._edits
 
     def check_truncate(self, n_tokens: int) -> None:
         """Refuse a length that the buffers could not stand for.
@@ -68,6 +75,7 @@ class TokenLog:
         """
         self.check_truncate(n_tokens)
         del self._tokens[n_tokens:]
+        self._edits = before(self._edits, n_tokens)
         sinks = [spec.sink_n_tokens for spec in self._layout.tensors if spec.window_n_tokens]
         if n_tokens <= min(sinks, default=0):
             # Behind the sink the rings hold nothing now, so they fill up anew.
@@ -78,13 +86,19 @@ class TokenLog:
         self._tokens.extend(tokens)
         self._peak_n_tokens = max(self._peak_n_tokens, len(self._tokens))
 
-    def restore(self, tokens: Sequence[int], held: Held) -> None:
-        """The buffers are again as they were when the log said this."""
+    def edit(self, edit: Edit) -> None:
+        """From ``edit.start`` on the buffers hold something else now, tokens or not."""
+        self._edits = edited(self._edits, edit)
+
+    def restore(self, tokens: Sequence[int], held: Held, edits: Lineage) -> None:
+        """The buffers are as they were, or as if they had been when the log said this."""
         self._tokens = array("Q", tokens)
+        self._edits = edits
         self._peak_n_tokens = held.peak_n_tokens
         self._restored_n_tokens = held.restored_n_tokens
 
-    def adopt(self, tokens: Sequence[int]) -> None:
+    def adopt(self, tokens: Sequence[int], edits: Lineage = ()) -> None:
         """A load put in place what ``tokens`` require."""
+        self._edits = edits
         self._tokens = array("Q", tokens)
         self._peak_n_tokens = self._restored_n_tokens = len(self._tokens)

@@ -162,8 +162,8 @@ class _ChunkChecker:
                 yield f"{where}: {problem}"
 
     def _key_problems(self, chunk: ChunkRow, root: Key, chunk_n_tokens: int) -> Iterator[str]:
-        if chunk_key(chunk.parent_key, chunk.tokens) != chunk.key:
-            yield "its key is not that of its parent and its tokens"
+        if chunk_key(chunk.parent_key, chunk.tokens, extras=chunk.extras) != chunk.key:
+            yield "its key is not that of its parent, its tokens and its extras"
         if chunk.start % chunk_n_tokens or chunk.n_tokens > chunk_n_tokens:
             yield f"it does not lie within one slice of {chunk_n_tokens} tokens"
         if chunk.parent_id is None:
@@ -239,8 +239,12 @@ def _session_problems(connection: sa.Connection, layouts: dict[int, Layout]) -> 
         yield from (f"{where}: {problem}" for problem in _slice_problems(connection, row.id))
         if head is None or row.space_id not in layouts:
             continue
+        try:
+            lineage = sessions.lineage_of(connection, row.id)
+        except CorruptStoreError:
+            continue  # reported where the walk meets the chunk
         before = full_chunk_keys(
-            Key(row.root_key), ids[: head.start], chunk_n_tokens=row.chunk_n_tokens
+            Key(row.root_key), ids[: head.start], lineage, chunk_n_tokens=row.chunk_n_tokens
         )
         if head.tokens != ids[head.start : head.stop]:
             yield f"{where}: its last chunk holds other tokens"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvstore import token_ids
+from kvstore import Lineage, token_ids
 from kvstore.errors import CacheMismatchError, InputError
 from runtime_adapter.caches.identity import ModelFingerprint
 from runtime_adapter.caches.tensors import TensorCache
@@ -54,9 +54,9 @@ class StaticHuggingFaceCache(TensorCache):
         super().truncate(n_tokens)
         self._set_length()
 
-    def adopt(self, tokens: Sequence[int]) -> None:
+    def adopt(self, tokens: Sequence[int], edits: Lineage = ()) -> None:
         """As ``LiveTensors.adopt``, and the layers count as many."""
-        super().adopt(tokens)
+        super().adopt(tokens, edits)
         self._set_length()
 
     def _set_length(self) -> None:
@@ -139,9 +139,9 @@ class DynamicHuggingFaceCache(TensorCache):
         super().truncate(n_tokens)
         self._hand_out()
 
-    def adopt(self, tokens: Sequence[int]) -> None:
+    def adopt(self, tokens: Sequence[int], edits: Lineage = ()) -> None:
         """As ``LiveTensors.adopt``, and the layers hold as many."""
-        super().adopt(tokens)
+        super().adopt(tokens, edits)
         self._hand_out()
 
     def _hand_out(self) -> None:

@@ -1,4 +1,4 @@
--- Format version 1. FORMAT.md says what every column means.
+-- Format version 2. FORMAT.md says what every column means.
 CREATE TABLE format (
     id INTEGER NOT NULL PRIMARY KEY CHECK (id = 1),
     version INTEGER NOT NULL,
@@ -40,11 +40,12 @@ CREATE TABLE chunks (
     stored_nbytes INTEGER NOT NULL CHECK (stored_nbytes >= 0),
     created_at_ms INTEGER NOT NULL,
     last_used_at_ms INTEGER NOT NULL,
+    extras BLOB NOT NULL DEFAULT x'',
     CHECK ((base_id IS NULL) = (base_n_tokens = 0)),
     CHECK ((parent_id IS NULL) = (start = 0))
 );
 
-CREATE UNIQUE INDEX chunks_by_tokens ON chunks (parent_key, tokens);
+CREATE UNIQUE INDEX chunks_by_tokens ON chunks (parent_key, extras, tokens);
 
 CREATE INDEX chunks_by_space ON chunks (space_id);
 

@@ -89,7 +89,7 @@ class CacheConformance(ABC):
         cache = self.new()
         assert list(cache.tokens) == []
         assert (cache.held.n_tokens, cache.held.restored_n_tokens) == (0, 0)
-        assert cache.taint is None
+        assert cache.edits == ()
 
     def test_the_fingerprint_is_the_models_and_names_the_layout(self):
         one, other = self.new(), self.computed(self.last)

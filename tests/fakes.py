@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
-from kvstore import Fingerprint, Held, Kind, Layout, TensorSpec, TokenLog
+from kvstore import Edit, Fingerprint, Held, Kind, Layout, Lineage, TensorSpec, TokenLog
 
 
 def digest(text: str) -> bytes:
@@ -126,7 +126,6 @@ class BytesCache:
         self.fingerprint = Fingerprint(
             weights=digest(weights), program=digest("program"), layout=self.layout.digest
         )
-        self.taint: str | None = None
         self.memory = [bytearray(spec.nbytes) for spec in self.layout.tensors]
         self._log = TokenLog(self.layout)
         self._reset()
@@ -140,6 +139,10 @@ class BytesCache:
         return self._log.held
 
     @property
+    def edits(self) -> Lineage:
+        return self._log.edits
+
+    @property
     def capacity_n_tokens(self) -> int:
         return self.layout.capacity_n_tokens
 
@@ -149,11 +152,22 @@ class BytesCache:
     def truncate(self, n_tokens: int) -> None:
         self._log.truncate(n_tokens)
         if n_tokens == 0:
-            self.taint = None
             self._reset()
 
-    def adopt(self, tokens: Sequence[int]) -> None:
-        self._log.adopt(tokens)
+    def adopt(self, tokens: Sequence[int], edits: Lineage = ()) -> None:
+        self._log.adopt(tokens, edits)
+
+    def edit(self, start: int, what: str) -> None:
+        """From ``start`` on, the content is what ``what`` says and not what the model computes."""
+        self._log.edit(Edit(start, digest(what)))
+        n_tokens = len(self.tokens)
+        for index, spec in enumerate(self.layout.tensors):
+            if spec.kind is Kind.CHECKPOINT:
+                self.memory[index][:] = self.truth(index, n_tokens - 1)
+            elif spec.kind is not Kind.POSITIONS:
+                for position in range(start, n_tokens):  # the last one in a slot stays
+                    slot = naive_slot(spec, position)
+                    write_slot(spec, self.memory[index], slot, self.truth(index, position))
 
     def compute(self, tokens: Sequence[int]) -> None:
         """What ``forward`` does: append ``tokens`` and fill their slots."""
@@ -173,6 +187,9 @@ class BytesCache:
     def truth(self, index: int, position: int) -> bytes:
         """What tensor ``index`` holds of (or after) the token at ``position``."""
         prefix = array("Q", self.tokens[: position + 1]).tobytes()
+        for edit in self.edits:
+            if edit.start <= position:
+                prefix += edit.start.to_bytes(8, "little") + edit.digest
         state = hashlib.blake2b(self.fingerprint.weights + prefix).digest()
         spec = self.layout.tensors[index]
         return hashlib.shake_128(state + bytes([index])).digest(spec.slot_nbytes)

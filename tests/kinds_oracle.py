@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from kvstore import Kind, Layout, LiveCache, MissReason, TensorSpec
+from kvstore import Kind, Layout, Lineage, LiveCache, MissReason, TensorSpec
 from tests.fakes import (
     BytesCache,
     checkpoint_tensors,
@@ -187,8 +187,8 @@ class TracedCache(BytesCache):
             for held, spec in zip(self.position_in_slot, self.layout.tensors, strict=True):
                 held[naive_slot(spec, position)] = position
 
-    def adopt(self, tokens: Sequence[int]) -> None:
-        super().adopt(tokens)
+    def adopt(self, tokens: Sequence[int], edits: Lineage = ()) -> None:
+        super().adopt(tokens, edits)
         for held, spec in zip(self.position_in_slot, self.layout.tensors, strict=True):
             held.clear()
             for position in range(len(tokens)):

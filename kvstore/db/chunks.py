@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ import sqlalchemy as sa
 from kvstore.db import leases
 from kvstore.db.engine import insert_row
 from kvstore.db.tables import chunks, sessions
-from kvstore.errors import CorruptStoreError
+from kvstore.errors import CorruptStoreError, InputError
+from kvstore.lineage import Lineage, unpack_extras
 from kvstore.prefix import KEY_NBYTES, Key
 from kvstore.tokens import TOKEN_NBYTES, TokenIds, from_big_endian, to_big_endian
 
@@ -25,7 +27,8 @@ class ChunkRow:
 
     The chunk's own blobs cover ``[start + base_n_tokens, stop)``; the tokens
     before that are the first ``base_n_tokens`` of the chunk ``base_id``, which
-    has the same parent and the same tokens there.
+    has the same parent and the same tokens and edits there. ``edits`` is what
+    ``extras`` says.
     """
 
     id: int
@@ -37,6 +40,8 @@ class ChunkRow:
     start: int
     stop: int
     tokens: TokenIds
+    extras: bytes
+    edits: Lineage
 
     @property
     def n_tokens(self) -> int:
@@ -54,6 +59,7 @@ _COLUMNS = (
     chunks.c.start,
     chunks.c.stop,
     chunks.c.tokens,
+    chunks.c.extras,
 )
 
 
@@ -66,14 +72,18 @@ def _row(row: sa.Row[*tuple[Any, ...]]) -> ChunkRow:
     is_sound = (
         all(type(number) is int for number in (row.id, row.start, row.stop, row.base_n_tokens))
         and all(type(number) in (int, type(None)) for number in (row.parent_id, row.base_id))
-        and all(type(data) is bytes for data in (row.key, row.parent_key, row.tokens))
+        and all(type(data) is bytes for data in (row.key, row.parent_key, row.tokens, row.extras))
         and len(row.key) == len(row.parent_key) == KEY_NBYTES
         and 0 <= row.start < row.stop
         and len(row.tokens) == TOKEN_NBYTES * (row.stop - row.start)
         and 0 <= row.base_n_tokens <= row.stop - row.start
         and (row.base_id is None) == (row.base_n_tokens == 0)
     )
-    if not is_sound:
+    edits: Lineage | None = None
+    if is_sound:
+        with suppress(InputError):
+            edits = unpack_extras(row.extras, row.start, row.stop)
+    if edits is None:
         raise CorruptStoreError(
             f"chunk row {row.id}: its columns are not possible together; "
             "run `kvstore verify`, and restore a copy of the file"
@@ -88,6 +98,8 @@ def _row(row: sa.Row[*tuple[Any, ...]]) -> ChunkRow:
         start=row.start,
         stop=row.stop,
         tokens=from_big_endian(row.tokens),
+        extras=row.extras,
+        edits=edits,
     )
 
 
@@ -124,16 +136,20 @@ def by_id(connection: sa.Connection, chunk_id: int) -> ChunkRow | None:
     return None if row is None else _row(row)
 
 
-def neighbours(connection: sa.Connection, parent_key: Key, ids: TokenIds) -> list[ChunkRow]:
+def neighbours(
+    connection: sa.Connection, parent_key: Key, ids: TokenIds, *, extras: bytes = b""
+) -> list[ChunkRow]:
     """The chunks directly before and behind ``ids`` in token order under one parent.
 
-    The longest common prefix with ``ids`` among all chunks under the parent
-    belongs to one of the two: two index seeks, however many siblings there are.
+    Among those with the same ``extras``. The longest common prefix with ``ids`` among all of
+    these belongs to one of the two: two index seeks, however many siblings there are.
     """
     tokens = to_big_endian(ids)
-    same_parent = sa.select(*_COLUMNS).where(chunks.c.parent_key == parent_key)
-    before = same_parent.where(chunks.c.tokens <= tokens).order_by(chunks.c.tokens.desc()).limit(1)
-    behind = same_parent.where(chunks.c.tokens > tokens).order_by(chunks.c.tokens).limit(1)
+    siblings = sa.select(*_COLUMNS).where(
+        chunks.c.parent_key == parent_key, chunks.c.extras == extras
+    )
+    before = siblings.where(chunks.c.tokens <= tokens).order_by(chunks.c.tokens.desc()).limit(1)
+    behind = siblings.where(chunks.c.tokens > tokens).order_by(chunks.c.tokens).limit(1)
     rows = [connection.execute(query).one_or_none() for query in (before, behind)]
     return [_row(row) for row in rows if row is not None]
 
@@ -147,6 +163,7 @@ def insert(
     key: Key,
     start: int,
     ids: TokenIds,
+    extras: bytes,
     base_id: int | None,
     base_n_tokens: int,
     raw_nbytes: int,
@@ -166,6 +183,7 @@ def insert(
         start=start,
         stop=start + len(ids),
         tokens=to_big_endian(ids),
+        extras=extras,
         raw_nbytes=raw_nbytes,
         stored_nbytes=stored_nbytes,
         created_at_ms=now_ms,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -42,14 +42,19 @@ class _Connection(sqlite3.Connection):
 
 
 def make_engine(
-    path: Path, *, access: Access, busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS
+    path: Path,
+    *,
+    access: Access,
+    busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS,
+    views: Sequence[str] = (),
 ) -> sa.Engine:
     """An engine on ``path`` that never opens the file except through SQLite.
 
     ``create`` makes a missing file, and is for nothing else: its settings take the write
     lock. ``query`` may write the file but does not, so that its last connection tidies the
     WAL away; ``read`` may not, and needs a writable folder if there is a WAL;
-    ``immutable`` promises that nobody changes the file meanwhile.
+    ``immutable`` promises that nobody changes the file meanwhile. ``views`` are statements that
+    make temporary views, in each connection's own memory, in front of the file's tables.
     Transactions are explicit: the driver's own are off, and a ``begin`` listener
     emits ``BEGIN``, so that schema changes roll back like everything else.
     """
@@ -74,6 +79,10 @@ def make_engine(
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("PRAGMA synchronous = FULL")
+            if views:
+                connection.execute("PRAGMA temp_store = MEMORY")
+            for view in views:
+                connection.execute(view)
             if access == "query":
                 connection.execute("PRAGMA query_only = ON")
         except sqlite3.Error:

@@ -18,10 +18,14 @@ from kvstore.db.vendor import vendor_errors
 from kvstore.errors import (
     NewerFormatError,
     NotAStoreError,
-    ReadOnlyStoreError,
     SchemaMismatchError,
     StorePathError,
 )
+
+VIEWS_OF_OLDER: dict[int, tuple[str, ...]] = {
+    1: ("CREATE TEMP VIEW chunks AS SELECT *, x'' AS extras FROM main.chunks",),
+}
+"""What makes a file of an older version look like one of this version, for reading only."""
 
 SchemaObjects = frozenset[tuple[str, str, str, str]]
 """``sqlite_schema`` as ``(type, name, tbl_name, normalised sql)``."""
@@ -39,13 +43,14 @@ class Database:
 def open_database(path: Path, *, read_only: bool, busy_timeout_seconds: float) -> Database:
     """The database at ``path``: created if missing, upgraded if older, else only checked.
 
+    An older one that may not be written is read as it is.
+
     Raises:
         StorePathError: a directory, a missing folder, no permission, or a
             read-only folder that holds an unfinished WAL.
         NotAStoreError: not SQLite, or SQLite of somebody else.
         SchemaMismatchError: ours, with objects that its version does not have.
         NewerFormatError: made by a newer version that this one cannot read.
-        ReadOnlyStoreError: missing or older, and may not be written.
     """
     try:
         access = _choose_access(path, read_only=read_only)
@@ -66,15 +71,20 @@ def open_database(path: Path, *, read_only: bool, busy_timeout_seconds: float) -
                 )
             with db.read_transaction(engine) as connection:
                 version, newer = _check_identity(connection, path)
-                if version < FORMAT_VERSION and access != "write":
-                    raise ReadOnlyStoreError(
-                        f"{path}: format version {version} must be upgraded to {FORMAT_VERSION} "
-                        "first; open it once where it may be written"
-                    )
-            if version < FORMAT_VERSION:
-                _migrate(engine, path)
-            with db.read_transaction(engine) as connection:
                 _check_schema(connection, path, newer=newer)
+            if version < FORMAT_VERSION and access == "write":
+                _migrate(engine, path)
+                with db.read_transaction(engine) as connection:
+                    _check_schema(connection, path, newer=False)
+                    _check_upgraded(connection, path)
+            elif version < FORMAT_VERSION:
+                engine.dispose()
+                engine = db.make_engine(
+                    path,
+                    access=access,
+                    busy_timeout_seconds=busy_timeout_seconds,
+                    views=VIEWS_OF_OLDER[version],
+                )
             if access == "write" and not newer:
                 db.use_wal(engine)
     except BaseException:
@@ -185,19 +195,19 @@ def _check_identity(connection: sa.Connection, path: Path) -> tuple[int, bool]:
 
 def _check_schema(connection: sa.Connection, path: Path, *, newer: bool) -> None:
     version = db.pragma(connection, "user_version")
-    if version < FORMAT_VERSION:  # the migrations ran, and found nothing to do
+    if version < FORMAT_VERSION and version not in VIEWS_OF_OLDER:
         raise SchemaMismatchError(
-            f"{path}: expected format version {FORMAT_VERSION} in the file's header, "
-            f"found {version}; the header was tampered with or damaged: restore a copy"
+            f"{path}: expected a format version from {min(VIEWS_OF_OLDER)} to {FORMAT_VERSION} in "
+            f"the file's header, found {version}; it was tampered with or damaged: restore a copy"
         )
-    found, expected = _read_objects(connection), _expected_objects()
+    found, expected = _read_objects(connection), _expected_objects(min(version, FORMAT_VERSION))
     missing, extra = expected - found, found - expected
     if newer:  # additions are what a newer version may have, but nothing that runs code
         extra = frozenset(row for row in extra if row[0] in ("trigger", "view"))
     if missing or extra:
         names = sorted({f"{kind} {name}" for kind, name, _, _ in missing | extra})
         raise SchemaMismatchError(
-            f"{path}: expected the schema of format version {FORMAT_VERSION}, found it changed at "
+            f"{path}: expected the schema of format version {version}, found it changed at "
             f"{', '.join(names)}; the file was tampered with or damaged: restore a copy"
         )
     rows = connection.exec_driver_sql("SELECT version FROM format").scalars().all()
@@ -205,6 +215,16 @@ def _check_schema(connection: sa.Connection, path: Path, *, newer: bool) -> None
         raise SchemaMismatchError(
             f"{path}: expected one row of version {version} in the table format, as the file's "
             f"header says, found {rows!r:.80}; the file was tampered with: restore a copy"
+        )
+
+
+def _check_upgraded(connection: sa.Connection, path: Path) -> None:
+    version = db.pragma(connection, "user_version")
+    if version != FORMAT_VERSION:  # the migrations ran, and found nothing to do
+        raise SchemaMismatchError(
+            f"{path}: expected a file that can be upgraded to format version {FORMAT_VERSION}, "
+            f"found version {version} whose migrations are said to have run; the file was tampered "
+            "with or damaged: restore a copy"
         )
 
 
@@ -228,10 +248,11 @@ def _read_objects(connection: sa.Connection) -> SchemaObjects:
 
 
 @cache
-def _expected_objects() -> SchemaObjects:
-    """The objects that ``schemas/schema.sql`` makes."""
+def _expected_objects(version: int) -> SchemaObjects:
+    """The objects that ``schemas/schema.sql`` makes, or for an older version ``schema_v*.sql``."""
+    name = "schema.sql" if version == FORMAT_VERSION else f"schema_v{version}.sql"
     with sqlite3.connect(":memory:") as connection:
-        connection.executescript((schemas_dir() / "schema.sql").read_text(encoding="utf-8"))
+        connection.executescript((schemas_dir() / name).read_text(encoding="utf-8"))
         rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema").fetchall()
     connection.close()
     return frozenset((kind, name, table, _normalise(sql)) for kind, name, table, sql in rows)

@@ -13,6 +13,8 @@ from kvstore.db.engine import insert_row
 from kvstore.db.tables import chunks, models, session_tokens, sessions, spaces
 from kvstore.errors import CorruptStoreError, InputError
 from kvstore.layout import Fingerprint
+from kvstore.lineage import Lineage, unpack_extras
+from kvstore.lineage import lineage_of as lineage_of_edits
 from kvstore.manifest import unpack_metadata
 from kvstore.tokens import TOKEN_NBYTES, TokenIds, from_big_endian, to_big_endian
 
@@ -165,6 +167,38 @@ def tokens_of(connection: sa.Connection, session_id: int) -> TokenIds:
     if any(type(ids) is not bytes or len(ids) % TOKEN_NBYTES for ids in slices):
         raise CorruptStoreError(f"session row {session_id}: its token ids are not 64-bit integers")
     return from_big_endian(b"".join(slices))
+
+
+def lineage_of(connection: sa.Connection, session_id: int) -> Lineage:
+    """The edits on the way to the session's last stored chunk.
+
+    Raises:
+        CorruptStoreError: what a chunk on the way says of its edits is not possible.
+    """
+    way = (
+        sa.select(chunks.c.id, chunks.c.parent_id)
+        .join(sessions, sessions.c.head_id == chunks.c.id)
+        .where(sessions.c.id == session_id)
+        .cte("way", recursive=True)
+    )
+    # Not UNION ALL: a damaged file may lead in a circle.
+    way = way.union(
+        sa.select(chunks.c.id, chunks.c.parent_id).join(way, way.c.parent_id == chunks.c.id)
+    )
+    query = (
+        sa.select(chunks.c.start, chunks.c.stop, chunks.c.extras)
+        .join(way, way.c.id == chunks.c.id)
+        .where(chunks.c.extras != b"")
+        .order_by(chunks.c.start)
+    )
+    try:
+        return lineage_of_edits(
+            edit
+            for start, stop, extras in connection.execute(query)
+            for edit in unpack_extras(extras, start, stop)
+        )
+    except (InputError, TypeError) as error:
+        raise CorruptStoreError(f"session row {session_id}: its edits: {error}") from error
 
 
 def head_of(connection: sa.Connection, session_id: int) -> int | None:

@@ -1,4 +1,4 @@
-"""The tables of format version 1, as SQLAlchemy sees them.
+"""The tables of format version 2, as SQLAlchemy sees them.
 
 ``migrations/`` makes them, ``schemas/schema.sql`` states them, and a test holds
 the three together. ``schemas/FORMAT.md`` says what each column means.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-FORMAT_VERSION = 1
-MIN_READER = 1
-MIN_WRITER = 1
+FORMAT_VERSION = 2
+MIN_READER = 2
+MIN_WRITER = 2
 
 metadata = sa.MetaData()
 
@@ -63,6 +63,7 @@ chunks = sa.Table(
     sa.Column("stored_nbytes", sa.Integer, nullable=False),
     sa.Column("created_at_ms", sa.Integer, nullable=False),
     sa.Column("last_used_at_ms", sa.Integer, nullable=False),
+    sa.Column("extras", sa.LargeBinary, nullable=False),
 )
 
 blobs = sa.Table(

@@ -6,12 +6,13 @@ common.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvstore import Held, TokenLog
+from kvstore import Edit, Held, Lineage, TokenLog
 from kvstore.errors import CapacityError, InputError, RewindError
 from kvstore.layout import LOGITS_ROLE, Fingerprint, Layout
 from runtime_adapter.caches.still import Still
@@ -28,7 +29,7 @@ class WholeCopy:
     buffers: list[bytes]
     tokens: tuple[int, ...]
     held: Held
-    taint: tuple[str | None, int]
+    edits: Lineage
     cuts: tuple[list[int], bool]
 
 
@@ -37,8 +38,8 @@ class LiveTensors(Mapping[str, TensorView]):
 
     Invariants: ``len(tokens) <= capacity_n_tokens``; the tensors hold what the next step reads
     after ``tokens``, each in the way of its kind: slot ``i`` of a full one holds token
-    ``i``, a ring its window, recurrent state all of them at once. While ``taint`` is
-    None, the content is exactly what the model computed or a store restored.
+    ``i``, a ring its window, recurrent state all of them at once. Before the first
+    of ``edits``, the content is exactly what the model computed or a store restored.
 
     As a mapping it goes from a tensor's name to a live view of it; ``layer(5).k`` is another
     way to one. ``revision`` grows with every change of what the cache holds. Not thread-safe.
@@ -56,8 +57,6 @@ class LiveTensors(Mapping[str, TensorView]):
         "_readers",
         "_revision",
         "_snapshot",
-        "_taint",
-        "_taint_start",
         "_views",
     )
 
@@ -115,8 +114,6 @@ class LiveTensors(Mapping[str, TensorView]):
         self._cuts: list[int] = []
         self._knows_cuts = True
         self._snapshot: tuple[int, ...] | None = ()
-        self._taint: str | None = None
-        self._taint_start = 0
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -181,14 +178,14 @@ class LiveTensors(Mapping[str, TensorView]):
         return self._revision
 
     @property
-    def taint(self) -> str | None:
-        """Why the content is no longer exact, or None while it is."""
-        return self._taint
+    def edits(self) -> Lineage:
+        """Where the content is not what the model computes for the tokens; empty if it is."""
+        return self._log.edits
 
     @property
     def exact_n_tokens(self) -> int:
-        """How many tokens at the start are exact; all of them while there is no ``taint``."""
-        return self.n_tokens if self._taint is None else self._taint_start
+        """How many tokens at the start lie before the first of ``edits``."""
+        return min([self.n_tokens, *(edit.start for edit in self.edits)])
 
     def buffer(self, index: int) -> memoryview:
         """Writable bytes of tensor ``index``: C-contiguous, ``nbytes`` long, format ``B``.
@@ -222,7 +219,7 @@ class LiveTensors(Mapping[str, TensorView]):
         """Forget every token from position ``n_tokens`` on; 0 gives a clean, empty cache.
 
         Clean is what the tensors held at first: some programs never reset recurrent
-        state or slot positions by themselves. Going back to what is exact ends the ``taint``.
+        state or slot positions by themselves. ``edits`` behind what is left are undone with it.
 
         Raises:
             CapacityError: the cache holds fewer tokens than that.
@@ -244,8 +241,6 @@ class LiveTensors(Mapping[str, TensorView]):
                     self._views[name].zero_()
                 else:
                     self._views[name].copy_(initial)
-        if n_tokens <= self._taint_start:
-            self._taint = None
 
     def extend(self, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
         """Record that the model computed ``tokens`` behind the last one.
@@ -279,7 +274,7 @@ class LiveTensors(Mapping[str, TensorView]):
             self._cuts.append(self.n_tokens)
         self._changed()
 
-    def adopt(self, tokens: Sequence[int]) -> None:
+    def adopt(self, tokens: Sequence[int], edits: Lineage = ()) -> None:
         """Record that the buffers now hold what ``tokens`` require, put there by a load.
 
         Raises:
@@ -287,7 +282,7 @@ class LiveTensors(Mapping[str, TensorView]):
         """
         self.check_open()
         self.wait_for_readers()
-        self._log.adopt(tokens)
+        self._log.adopt(tokens, edits)
         self._cuts, self._knows_cuts = [], False
         self._changed()
 
@@ -296,11 +291,12 @@ class LiveTensors(Mapping[str, TensorView]):
 
         Raises:
             ClosedModelError: the model was closed.
-            RewindError: the cache does not hold the tokens of ``still`` any more, or is tainted.
+            RewindError: the cache does not hold the tokens of ``still`` any more.
         """
         self.check_open()
         n_tokens = len(still.tokens)
-        if self._taint is not None or self.tokens[:n_tokens] != still.tokens:
+        edits = tuple(edit for edit in self.edits if edit.start < n_tokens)
+        if self.tokens[:n_tokens] != still.tokens or edits != still.edits:
             raise RewindError(
                 f"go_back: expected a cache that still holds the {n_tokens} tokens of then, found "
                 "others; load them, or compute them again"
@@ -309,15 +305,14 @@ class LiveTensors(Mapping[str, TensorView]):
         for index, spec in enumerate(self._layout.tensors):
             if not spec.kind.rules.is_whole:
                 self.buffer(index)[:] = still.buffer(index)
-        self._log.restore(still.tokens, still.held)
+        self._log.restore(still.tokens, still.held, still.edits)
         self._cut_back(n_tokens)
         self._changed()
 
     def set(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy ``tensor`` over the live tensor ``name`` and mark the cache as tainted.
+        """Copy ``tensor`` over the live tensor ``name``; see ``mark_edited``.
 
-        A tainted cache is not what the model computed, so it is never stored as exact.
-        ``truncate(0)`` makes it clean again.
+        ``truncate(0)`` makes the cache clean again.
 
         Raises:
             ClosedModelError: the model was closed.
@@ -338,26 +333,35 @@ class LiveTensors(Mapping[str, TensorView]):
                 f"tensor {name!r}: expected {_dtype_name(live)} {list(live.shape)}, "
                 f"found {_dtype_name(tensor)} {list(tensor.shape)}"
             )
-        self.mark_tainted(f"tensor {name!r} was set by hand")  # waits for readers
+        self.mark_edited()  # waits for readers
         live.copy_(tensor.detach())
 
-    def mark_tainted(self, reason: str, *, start: int = 0) -> None:
-        """Say that the content of tokens from ``start`` on is not what the model computed."""
-        self.check_open()
-        self.wait_for_readers()
-        self._revision += 1
-        self._taint_start = start if self._taint is None else min(start, self._taint_start)
-        self._taint = self._taint or reason
+    def mark_edited(self, *, start: int = 0) -> None:
+        """Say that the content of tokens from ``start`` on is about to be written by hand.
 
-    def edit(self, tokens: Sequence[int], held: Held, *, start: int, reason: str) -> None:
-        """Say that the buffers hold ``tokens`` now, made by hand from ``start`` on.
+        What is saved of it answers no look-up but for the very same content: a load by the
+        session's name, or with this cache's ``edits``.
 
         Raises:
             ClosedModelError: the model was closed.
         """
-        self.mark_tainted(reason, start=start)
-        self._log.restore(tokens, held)
-        self._cut_back(start)
+        self.check_open()
+        self.wait_for_readers()
+        self._log.edit(Edit(start, os.urandom(32)))
+        self._revision += 1
+
+    def edit(self, tokens: Sequence[int], held: Held, edit: Edit) -> None:
+        """Say that the buffers hold ``tokens`` now, made by hand from ``edit.start`` on.
+
+        Raises:
+            ClosedModelError: the model was closed.
+        """
+        self.check_open()
+        self.wait_for_readers()
+        self._log.restore(tokens, held, self.edits)
+        if edit.start < len(tokens):
+            self._log.edit(edit)
+        self._cut_back(edit.start)
         self._knows_cuts = False
         self._changed()
 
@@ -368,7 +372,7 @@ class LiveTensors(Mapping[str, TensorView]):
             buffers=[bytes(self.buffer(index)) for index in range(len(self))],
             tokens=self.tokens,
             held=self.held,
-            taint=(self._taint, self._taint_start),
+            edits=self.edits,
             cuts=(list(self._cuts), self._knows_cuts),
         )
 
@@ -382,8 +386,7 @@ class LiveTensors(Mapping[str, TensorView]):
         self.wait_for_readers()
         for index, content in enumerate(copy.buffers):
             self.buffer(index)[:] = content
-        self._log.restore(copy.tokens, copy.held)
-        self._taint, self._taint_start = copy.taint
+        self._log.restore(copy.tokens, copy.held, copy.edits)
         self._cuts, self._knows_cuts = list(copy.cuts[0]), copy.cuts[1]
         self._changed()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore import Held, LiveCache
+from kvstore import Held, Lineage, LiveCache
 from kvstore.errors import InputError
-from kvstore.layout import UNLIMITED_N_TOKENS, Fingerprint, Layout
+from kvstore.layout import Fingerprint, Layout
 
 
 class Still:
@@ -17,21 +17,13 @@ class Still:
     back to before it.
     """
 
-    def __init__(self, cache: LiveCache, *, n_tokens: int | None = None) -> None:
-        """Copy what the next step will overwrite.
-
-        With ``n_tokens``, it is a picture of the first ones of a cache that is exact that far;
-        of rings and recurrent state it then has nothing.
-        """
+    def __init__(self, cache: LiveCache) -> None:
+        """Copy what the next step will overwrite."""
         self._layout = cache.layout
         self._fingerprint = cache.fingerprint
-        self._tokens = tuple(cache.tokens[:n_tokens])
+        self._tokens = tuple(cache.tokens)
         self._held = cache.held
-        self._taint = cache.taint
-        if n_tokens is not None:
-            gone = UNLIMITED_N_TOKENS  # whatever a ring held of these was overwritten since
-            self._held = Held(n_tokens=n_tokens, peak_n_tokens=gone)
-            self._taint = None
+        self._edits = cache.edits
         self._capacity_n_tokens = cache.capacity_n_tokens
         self._buffers = [
             cache.buffer(index)
@@ -66,9 +58,9 @@ class Still:
         return self._capacity_n_tokens
 
     @property
-    def taint(self) -> str | None:
-        """Why the content was no longer exact, or None."""
-        return self._taint
+    def edits(self) -> Lineage:
+        """Where the content was not what the model computes."""
+        return self._edits
 
     def buffer(self, index: int) -> memoryview:
         """Bytes of tensor ``index``."""
@@ -82,10 +74,13 @@ class Still:
         """
         raise InputError(f"expected a live cache to cut to {n_tokens} tokens, found a still one")
 
-    def adopt(self, tokens: Sequence[int]) -> None:
+    def adopt(self, tokens: Sequence[int], edits: Lineage = ()) -> None:
         """Never: it is there to be read.
 
         Raises:
             InputError: always.
         """
-        raise InputError(f"expected a live cache for {len(tokens)} tokens, found a still one")
+        raise InputError(
+            f"expected a live cache for {len(tokens)} tokens with {len(edits)} edits, found a "
+            "still one"
+        )

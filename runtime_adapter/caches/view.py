@@ -54,7 +54,7 @@ class TensorView:
         """The whole live tensor, zero-copy, in its planned shape.
 
         It stays readable after the cache is closed. Writing into it changes the next step, unseen
-        by the cache: use ``set``, or call ``cache.mark_tainted`` before.
+        by the cache: use ``set``, or call ``cache.mark_edited`` before.
 
         Raises:
             ClosedModelError: the model was closed.
@@ -79,9 +79,9 @@ class TensorView:
         return self._by_token(self.tensor).index_select(0, index)
 
     def set(self, start: int, values: Any) -> None:
-        """Overwrite positions ``[start, start + len(values))``, and mark the cache as tainted.
+        """Overwrite positions ``[start, start + len(values))``; see ``cache.mark_edited``.
 
-        ``values`` are as ``get`` returns them. A tainted cache is never stored as exact.
+        ``values`` are as ``get`` returns them.
 
         Raises:
             ClosedModelError: the model was closed.
@@ -100,7 +100,7 @@ class TensorView:
                 f"{', '.join(map(str, expected[0]))}], found {values.dtype} {list(values.shape)}"
             )
         self._slots(start, start + len(values))
-        self._cache.mark_tainted(f"positions of {self._spec.name!r} were set by hand", start=start)
+        self._cache.mark_edited(start=start)
         self.write(start, values)
 
     def write(self, start: int, values: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvstore import Lineage
 from kvstore.layout import UNLIMITED_N_TOKENS
 from runtime_adapter.session.cuts import Cuts
 
@@ -19,6 +20,9 @@ _KEPT_N_LOGITS = 8
 class Conversation:
     """Token ids and what belongs to them; pure data.
 
+    ``edits`` say which of them are not as the model computes them, as far as that content is to
+    be had: where it is not, the tokens are computed anew (``compute_from``).
+
     Invariants: ``cuts`` and the ends of ``turns`` are at most ``len(tokens)``; ``logits`` holds
     float32 ``[vocab]`` by the number of tokens before them. ``unchanged_n_tokens`` at the
     start are as they were when the follower last looked.
@@ -29,6 +33,7 @@ class Conversation:
     turns: list[tuple[int, int]] = field(default_factory=list)
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     unchanged_n_tokens: int = UNLIMITED_N_TOKENS
+    edits: Lineage = ()
     speaker: object = None
     """Who generates the last turn, if it may go on."""
 
@@ -36,9 +41,17 @@ class Conversation:
         """Take away the tokens from ``n_tokens`` on."""
         self.unchanged_n_tokens = min(self.unchanged_n_tokens, n_tokens)
         del self.tokens[n_tokens:]
+        self.edits = tuple(edit for edit in self.edits if edit.start < n_tokens)
         self.cuts.forget_after(n_tokens)
         self._move_turns(lambda position: min(position, n_tokens))
         self.logits = {at: logits for at, logits in self.logits.items() if at <= n_tokens}
+
+    def compute_from(self, n_tokens: int) -> None:
+        """What comes behind ``n_tokens`` is computed: edits there are undone."""
+        undone = [edit.start for edit in self.edits if edit.start >= n_tokens]
+        if undone:
+            self.edits = self.edits[: -len(undone)]
+            self.logits = {at: logits for at, logits in self.logits.items() if at <= undone[0]}
 
     def replace(self, start: int, stop: int, tokens: list[int]) -> None:
         """Put ``tokens`` in place of ``[start, stop)``; turns behind it move along."""
@@ -95,4 +108,5 @@ class Conversation:
             cuts=self.cuts.copy(),
             turns=list(self.turns),
             logits=dict(self.logits),
+            edits=self.edits,
         )

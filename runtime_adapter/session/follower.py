@@ -74,11 +74,13 @@ class Follower:
     @property
     def n_common_tokens(self) -> int:
         """How many tokens at the start the live cache has of the conversation."""
-        cache, tokens = self._model.cache, self.conversation.tokens
+        cache, conversation = self._model.cache, self.conversation
         if self._seen == cache.revision:
-            return min(cache.n_tokens, self.conversation.unchanged_n_tokens)
+            return min(cache.n_tokens, conversation.unchanged_n_tokens)
+        differing = {*conversation.edits} ^ {*cache.edits}
+        limit = min((edit.start for edit in differing), default=None)
         common = 0
-        for mine, live in zip(tokens, cache.tokens[: cache.exact_n_tokens], strict=False):
+        for mine, live in zip(conversation.tokens, cache.tokens[:limit], strict=False):
             if mine != live:
                 break
             common += 1
@@ -138,7 +140,7 @@ class Follower:
         reason = None
         if live == wanted and self._cut_back(live):
             n_live = live
-        elif self._store is None or not wanted or (is_known and cache.taint is not None):
+        elif self._store is None or not wanted:
             n_live = live if self._cut_back(live) else 0
         else:
             if not self._cut_back(live):  # or the load would keep a piece that is cut in two
@@ -197,6 +199,7 @@ class Follower:
             border = (start // piece_n_tokens + 1) * piece_n_tokens
             end = min(cuts.after(start) or border, border, stop)
             self.logits = None
+            self.conversation.compute_from(start)
             logits = model.forward(self.conversation.tokens[start:end], start=start)
             cuts.add(end)
             self._note()
@@ -233,6 +236,7 @@ class Follower:
         if start < n_cached:
             strike(cache, rope, start, min(stop, n_cached))
         conversation.strike(start, stop)
+        conversation.edits = cache.edits
         self._note()
 
     @property
@@ -266,7 +270,7 @@ class Follower:
         self._still = None
         # Without stored logits a load leaves the last token out: ask for one more.
         asked = self.conversation.tokens[:n_tokens] + ([] if self._keeps_logits else [0])
-        return store.load_session(self._model.cache, asked)
+        return store.load_session(self._model.cache, asked, edits=self.conversation.edits)
 
     def _note(self) -> None:
         """What the cache holds now is the conversation's; logits are not at hand."""
@@ -294,7 +298,7 @@ class Follower:
         """
         self._still = None
         cache, store = self._model.cache, self._store
-        if store is None or store.read_only or not self.is_in_step or cache.taint is not None:
+        if store is None or store.read_only or not self.is_in_step:
             return
         if cache.n_tokens:
             with contextlib.suppress(KVStoreError):

@@ -235,7 +235,7 @@ class Session:
             self._make_room(0)
             self._check_room(self.n_tokens)
             logits = self._computed_logits()
-            if not n_new and self._model.cache.taint is None:
+            if not n_new:
                 self._conversation.keep_logits(logits)
                 self._follower.remember()
             token = self.sampler.pick(logits)
@@ -301,8 +301,9 @@ class Session:
 
         What follows moves up, its keys turned back by the rotary embedding's difference in
         angle. Its values, and its keys above the first layer, still come from a
-        computation that saw what is gone. Before ``start`` everything stays exact, and only that
-        is stored: a resumed session computes the rest anew, without what was struck out.
+        computation that saw what is gone. Before ``start`` everything stays exact. From there on
+        it is stored under keys that carry the edit: a resumed session has it again, and no
+        look-up for the tokens alone ever finds it.
 
         ``rope`` is measured on the model unless it is given; either way it is checked first.
 
@@ -475,7 +476,9 @@ class Session:
             hit = store.load_session(self._model.cache, name=name)
         except SessionNotFoundError:
             return
-        conversation, sampler, metadata = unpack_state(hit.metadata or {}, list(hit.tokens))
+        conversation, sampler, metadata = unpack_state(
+            hit.metadata or {}, list(hit.tokens), hit.edits
+        )
         self._model.check_tokens(conversation.tokens)
         # The last token may be pending in a cache that is full.
         self._check_room(len(conversation.tokens) - 1)
@@ -488,6 +491,7 @@ class Session:
         self._replaces = hit.reason in (MissReason.OTHER_MODEL, MissReason.OTHER_LAYOUT)
         if self._replaces:
             conversation.cuts.forget_after(0)
+            conversation.compute_from(0)
             conversation.logits.clear()
         if not has_metadata:
             self.metadata = metadata
@@ -556,23 +560,17 @@ class Session:
             self._follower.feed(n_computed)
         if self._saver is not None:
             self._saver.settle()  # two saves of one name at once would be in conflict
-        still = self._exact_part()
-        n_tokens = len(still.tokens)
+        cache = self._model.cache
         saved = store.save_session(
-            still if n_tokens else self._model.cache,  # which says why it cannot be stored
-            still.tokens if n_tokens else self._model.cache.tokens,
+            cache,
+            cache.tokens,
             name=name,
-            metadata=self._metadata(n_tokens),
+            metadata=self._metadata(cache.n_tokens),
             replace=self._replaces and name == self._name,
         )
         if name == self._name:
             self._saved(self.n_tokens)
         return saved
-
-    def _exact_part(self) -> Still:
-        """What the live cache has that may be stored: all of it, or what lies before an edit."""
-        cache = self._model.cache
-        return Still(cache, n_tokens=None if cache.taint is None else cache.exact_n_tokens)
 
     def _saved(self, n_tokens: int) -> None:
         self._replaces, self._saved_n_tokens = False, n_tokens
@@ -594,13 +592,13 @@ class Session:
         is_full = n_tokens // chunk_n_tokens > self._saved_n_tokens // chunk_n_tokens
         if not (is_full or self._is_dirty):
             return
-        still = self._exact_part()
-        if not still.tokens:
+        if not n_tokens:
             return
+        still = Still(cache)
         running = saver.submit(
             still,
             name=None if self._is_appending else self._name,
-            metadata=None if self._is_appending else self._metadata(len(still.tokens)),
+            metadata=None if self._is_appending else self._metadata(n_tokens),
             replace=self._replaces,
             when_saved=_nothing if self._is_appending else functools.partial(self._saved, n_tokens),
         )

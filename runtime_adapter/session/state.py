@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvstore import Edit, Lineage, lineage_of
 from kvstore.errors import InputError
 from runtime_adapter.session.conversation import Conversation
 from runtime_adapter.session.cuts import Cuts
@@ -37,6 +38,7 @@ def pack_state(
         "version": _VERSION,
         "pending": conversation.tokens[n_stored_tokens:],
         "cuts": cuts.to_runs(),
+        "edits": [[edit.start, edit.digest] for edit in conversation.edits],
         "turns": [list(turn) for turn in conversation.turns],
         "sampler": sampler.to_metadata(),
         "logits": logits,
@@ -44,16 +46,18 @@ def pack_state(
 
 
 def unpack_state(
-    metadata: Mapping[str, Any], stored: list[int]
+    metadata: Mapping[str, Any], stored: list[int], edits: Lineage
 ) -> tuple[Conversation, Sampler, dict[str, Any]]:
     """The conversation whose ``stored`` ids came with ``metadata``, and the rest of that.
+
+    ``edits`` are those of what was restored; they count if the metadata has no word of its own.
 
     Raises:
         InputError: the map under ``STATE_KEY`` is not what ``pack_state`` gives.
     """
     rest = {key: value for key, value in metadata.items() if key != STATE_KEY}
     if STATE_KEY not in metadata:  # saved by itself, not by a session
-        return Conversation(tokens=stored), Sampler(), rest
+        return Conversation(tokens=stored, edits=edits), Sampler(), rest
     data = metadata[STATE_KEY]
     try:
         if data["version"] != _VERSION:
@@ -66,6 +70,7 @@ def unpack_state(
             tokens=tokens,
             cuts=Cuts.from_runs(data["cuts"], n_tokens=len(stored)),
             turns=[_turn(turn, n_tokens=len(tokens)) for turn in data["turns"]],
+            edits=lineage_of(Edit(*edit) for edit in data["edits"]),
             logits={int(position): _floats(raw) for position, raw in data["logits"].items()},
         )
         return conversation, Sampler.from_metadata(data["sampler"]), rest

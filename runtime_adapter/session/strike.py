@@ -6,13 +6,16 @@ Only the first layer's keys come out as if they had been computed at their new p
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import struct
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvstore import Held, TensorSpec
+from kvstore import Edit, Held, TensorSpec
 from kvstore.errors import InputError, RewindError, UnsupportedStateError
 from runtime_adapter.caches.live import LiveTensors
 from runtime_adapter.model import Model
@@ -163,7 +166,7 @@ def _compared(model: Model, number: int, samples: Samples, given: Any) -> Checke
 
 
 def strike(cache: LiveTensors, rope: RopeSpec, start: int, stop: int) -> None:
-    """Drop the tokens ``[start, stop)``; the others move up. Marks the cache from ``start`` on.
+    """Drop the tokens ``[start, stop)``; the others move up. An edit from ``start`` on.
 
     Raises:
         RewindError: a ring no longer has what the result needs; nothing was changed.
@@ -183,7 +186,8 @@ def strike(cache: LiveTensors, rope: RopeSpec, start: int, stop: int) -> None:
     tokens = (*cache.tokens[:start], *cache.tokens[stop:])
     # All is read by now: from here on the cache is another one.
     held = Held(n_tokens=n_tokens, peak_n_tokens=n_tokens, restored_n_tokens=n_tokens)
-    cache.edit(tokens, held, start=start, reason=f"tokens [{start}, {stop}) were struck out")
+    edit = _edit_of(cache, start, stop)
+    cache.edit(tokens, held, Edit(start, os.urandom(32)))  # until all of it is written
     for move in moves:
         rows = turned.get(move.spec.layer, {}).get((move.spec.role, move.to), move.rows)
         cache[move.spec.name].write(move.to, rows)
@@ -192,6 +196,22 @@ def strike(cache: LiveTensors, rope: RopeSpec, start: int, stop: int) -> None:
         if elements is not None:
             live = cache.live(spec.name)
             live.copy_(live.new_tensor(elements))
+    cache.edit(tokens, held, edit)
+
+
+def _edit_of(cache: LiveTensors, start: int, stop: int) -> Edit:
+    """What a strike is to those who look for its result: all that decides it.
+
+    The tokens that stay are in the keys anyway. Which of them were moved, and which computed
+    since, is told apart by the number that the cache held.
+    """
+    hasher = hashlib.blake2b(digest_size=32, person=b"kvstore/strike")
+    hasher.update(struct.pack("<QQQ", start, stop, cache.n_tokens))
+    hasher.update(struct.pack(f"<{stop - start}Q", *cache.tokens[start:stop]))
+    for edit in cache.edits:
+        if edit.start >= start:  # it is part of this one from now on
+            hasher.update(struct.pack("<Q", edit.start) + edit.digest)
+    return Edit(start, hasher.digest())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,142 @@
+"""How the content of a cache came about, where it is not simply what the model computes.
+
+The *lineage* of a token sequence is its edits, in ascending order of where they begin; none at
+all if everything is exact. Content belongs together only if tokens *and* lineage are
+equal: what lies behind an edit never answers a look-up without it. ``schemas/FORMAT.md``
+("Extras") specifies the bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from kvstore.errors import InputError
+from kvstore.tokens import TokenIds, common_prefix_n_tokens
+
+DIGEST_NBYTES = 32
+
+_EDIT = 1
+_HEADER = struct.Struct("<BII")
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """From token ``start`` on, the content is not what the model computes for the tokens.
+
+    ``digest`` (32 bytes) stands for all that was done instead: equal tokens behind equal
+    digests have equal content. Whoever edits chooses it, as a hash or at random.
+    """
+
+    start: int
+    digest: bytes
+
+    def __post_init__(self) -> None:
+        if type(self.start) is not int or not 0 <= self.start < 2**63:
+            raise InputError(f"edit: expected a position as start, found {self.start!r}")
+        if type(self.digest) is not bytes or len(self.digest) != DIGEST_NBYTES:
+            raise InputError(f"edit: expected a digest of 32 bytes, found {self.digest!r:.80}")
+
+
+Lineage: TypeAlias = tuple[Edit, ...]
+"""Edits in ascending order of ``start``, at most one at a position."""
+
+
+def lineage_of(edits: Iterable[Edit] | Any) -> Lineage:
+    """``edits`` as a lineage.
+
+    Raises:
+        InputError: they are not edits, or not in ascending order.
+    """
+    try:
+        lineage = tuple(edits)
+    except TypeError as error:
+        raise InputError(f"edits: expected a sequence, found {type(edits).__name__}") from error
+    for edit in lineage:
+        if not isinstance(edit, Edit):
+            raise InputError(f"edits: expected kvstore.Edit, found {type(edit).__name__}")
+    if any(left.start >= right.start for left, right in itertools.pairwise(lineage)):
+        raise InputError("edits: expected them in ascending order, one at a position")
+    return lineage
+
+
+def before(lineage: Lineage, n_tokens: int) -> Lineage:
+    """The lineage of the first ``n_tokens`` tokens."""
+    return tuple(edit for edit in lineage if edit.start < n_tokens)
+
+
+def edited(lineage: Lineage, edit: Edit) -> Lineage:
+    """The lineage after ``edit``, which stands for whatever was edited behind it too."""
+    return (*before(lineage, edit.start), edit)
+
+
+def n_common_tokens(
+    ids: TokenIds,
+    lineage: Lineage,
+    other_ids: TokenIds,
+    other_lineage: Lineage,
+    *,
+    start: int = 0,
+) -> int:
+    """How many tokens from position ``start`` on have the same ids and came about in the same way.
+
+    Both ``ids`` begin there; edits before it are not looked at.
+    """
+    n_tokens = common_prefix_n_tokens(ids, other_ids)
+    differing = (edit.start for edit in {*lineage} ^ {*other_lineage} if edit.start >= start)
+    return min(n_tokens, min(differing, default=start + n_tokens) - start)
+
+
+def pack_extras(lineage: Lineage, start: int, stop: int) -> bytes:
+    """What the key of a chunk of tokens ``[start, stop)`` carries of the lineage.
+
+    An edit is ``u8 1``, ``u32`` offset in the chunk, ``u32 32`` and the digest.
+    """
+    return b"".join(
+        _HEADER.pack(_EDIT, edit.start - start, DIGEST_NBYTES) + edit.digest
+        for edit in lineage
+        if start <= edit.start < stop
+    )
+
+
+def unpack_extras(extras: bytes, start: int, stop: int) -> Lineage:
+    """The edits within a chunk of tokens ``[start, stop)``.
+
+    Raises:
+        InputError: that is not what ``pack_extras`` gives.
+    """
+    edits: list[Edit] = []
+    position = 0
+    while position < len(extras):
+        header = extras[position : position + _HEADER.size]
+        if len(header) < _HEADER.size:
+            raise InputError("extras: the last item is cut off")
+        kind, offset, nbytes = _HEADER.unpack(header)
+        position += _HEADER.size
+        if (kind, nbytes) != (_EDIT, DIGEST_NBYTES) or start + offset >= stop:
+            raise InputError(f"extras: an item of kind {kind} and {nbytes} bytes at {offset}")
+        edits.append(Edit(start + offset, extras[position : position + nbytes]))
+        position += nbytes
+    return lineage_of(edits)
+
+
+def n_exact_tokens(lineage: Lineage, n_tokens: int) -> int:
+    """How many of ``n_tokens`` tokens lie before the first edit."""
+    return min(lineage[0].start, n_tokens) if lineage else n_tokens
+
+
+def extras_up_to(lineage: Lineage, start: int, stop: int) -> Sequence[tuple[bytes, int]]:
+    """The extras under which a chunk may lie that shares tokens from ``start`` on, up to ``stop``.
+
+    For each, the position up to which such a chunk can have the same content: the next edit.
+    """
+    edits = [edit for edit in lineage if start <= edit.start < stop]
+    ends = [*(edit.start for edit in edits), stop]
+    return [
+        (pack_extras(tuple(edits[:number]), start, stop), end)
+        for number, end in enumerate(ends)
+        if end > start
+    ]
