@@ -25,10 +25,11 @@ _HEADER = struct.Struct("<BII")
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """From token ``start`` on, the content is not what the model computes for the tokens.
+    """From token ``start`` on, the content came about in another way than before.
 
-    ``digest`` (32 bytes) stands for all that was done instead: equal tokens behind equal
-    digests have equal content. Whoever edits chooses it, as a hash or at random.
+    ``digest`` (32 bytes) stands for all that was done instead of computing: equal tokens behind
+    equal digests have equal content. Whoever edits chooses it, as a hash or at random. An empty
+    digest says that the tokens from here on were computed, on top of what was done before.
     """
 
     start: int
@@ -37,8 +38,8 @@ class Edit:
     def __post_init__(self) -> None:
         if type(self.start) is not int or not 0 <= self.start < 2**63:
             raise InputError(f"edit: expected a position as start, found {self.start!r}")
-        if type(self.digest) is not bytes or len(self.digest) != DIGEST_NBYTES:
-            raise InputError(f"edit: expected a digest of 32 bytes, found {self.digest!r:.80}")
+        if type(self.digest) is not bytes or len(self.digest) not in (0, DIGEST_NBYTES):
+            raise InputError(f"edit: expected a digest of 0 or 32 bytes, found {self.digest!r:.80}")
 
 
 Lineage: TypeAlias = tuple[Edit, ...]
@@ -73,6 +74,13 @@ def edited(lineage: Lineage, edit: Edit) -> Lineage:
     return (*before(lineage, edit.start), edit)
 
 
+def computed(lineage: Lineage, n_tokens: int) -> Lineage:
+    """The lineage after more tokens were computed behind ``n_tokens`` that were there."""
+    if not lineage or not lineage[-1].digest or lineage[-1].start >= n_tokens:
+        return lineage
+    return (*lineage, Edit(n_tokens, b""))
+
+
 def n_common_tokens(
     ids: TokenIds,
     lineage: Lineage,
@@ -93,10 +101,10 @@ def n_common_tokens(
 def pack_extras(lineage: Lineage, start: int, stop: int) -> bytes:
     """What the key of a chunk of tokens ``[start, stop)`` carries of the lineage.
 
-    An edit is ``u8 1``, ``u32`` offset in the chunk, ``u32 32`` and the digest.
+    An edit is ``u8 1``, ``u32`` offset in the chunk, ``u32`` length of the digest, and that.
     """
     return b"".join(
-        _HEADER.pack(_EDIT, edit.start - start, DIGEST_NBYTES) + edit.digest
+        _HEADER.pack(_EDIT, edit.start - start, len(edit.digest)) + edit.digest
         for edit in lineage
         if start <= edit.start < stop
     )
@@ -116,9 +124,10 @@ def unpack_extras(extras: bytes, start: int, stop: int) -> Lineage:
             raise InputError("extras: the last item is cut off")
         kind, offset, nbytes = _HEADER.unpack(header)
         position += _HEADER.size
-        if (kind, nbytes) != (_EDIT, DIGEST_NBYTES) or start + offset >= stop:
+        digest = extras[position : position + nbytes]
+        if kind != _EDIT or len(digest) != nbytes or start + offset >= stop:
             raise InputError(f"extras: an item of kind {kind} and {nbytes} bytes at {offset}")
-        edits.append(Edit(start + offset, extras[position : position + nbytes]))
+        edits.append(Edit(start + offset, digest))
         position += nbytes
     return lineage_of(edits)
 

@@ -39,7 +39,7 @@ from kvstore.save_plan import (
     Part,
     SaveRequest,
     Write,
-    has_exact_part,
+    has_last_chunk,
     lacking_parts,
     plan_save,
 )
@@ -109,15 +109,7 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
             chunks already written stay as cache, the session is unchanged.
     """
     began = time.perf_counter()
-    n_exact = n_exact_tokens(request.lineage, len(request.ids))
-    exact: Saved | None = None
-    if n_exact < len(request.ids):
-        with db.read_transaction(database.engine) as connection:
-            is_there = has_exact_part(connection, request, n_exact)
-        if not is_there:
-            # In a chunk of their own, from which the edited one borrows them.
-            first = replace(request, ids=request.ids[:n_exact], lineage=(), name=None)
-            exact = save(database, first, workers)
+    first = _save_before_edit(database, request, workers)
     saver = _Saver(database, request, workers)
     for _ in range(_MAX_ATTEMPTS):
         try:
@@ -135,18 +127,35 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
             f"{database.path}: other processes kept deleting, or building on, what this save "
             "is to write; try again"
         )
-    n_new_tokens = saver.n_new_tokens + (exact.result.n_new_tokens if exact else 0)
+    n_new_tokens = saver.n_new_tokens + (first.n_new_tokens if first else 0)
     result = SaveResult(
         name=request.name,
         n_tokens=len(request.ids),
-        n_exact_tokens=n_exact,
+        n_exact_tokens=n_exact_tokens(request.lineage, len(request.ids)),
         n_new_tokens=n_new_tokens,
         n_present_tokens=len(request.ids) - n_new_tokens,
-        raw_nbytes=saver.raw_nbytes + (exact.result.raw_nbytes if exact else 0),
-        stored_nbytes=saver.stored_nbytes + (exact.result.stored_nbytes if exact else 0),
+        raw_nbytes=saver.raw_nbytes + (first.raw_nbytes if first else 0),
+        stored_nbytes=saver.stored_nbytes + (first.stored_nbytes if first else 0),
         seconds=time.perf_counter() - began,
     )
     return Saved(result=result, revision=saver.revision)
+
+
+def _save_before_edit(
+    database: Database, request: SaveRequest, workers: Executor
+) -> SaveResult | None:
+    """Store what lies before the last edit in a chunk without it; None if that is there already.
+
+    The edited chunk borrows from it. Otherwise no look-up without the edit would find it.
+    """
+    if not request.lineage:
+        return None
+    *earlier, last = request.lineage
+    before = replace(request, ids=request.ids[: last.start], lineage=tuple(earlier), name=None)
+    with db.read_transaction(database.engine) as connection:
+        if has_last_chunk(connection, before):
+            return None
+    return save(database, before, workers).result
 
 
 def _check_name(connection: sa.Connection, request: SaveRequest, name: str) -> int | None:

@@ -123,20 +123,21 @@ def plan_save(connection: sa.Connection, request: SaveRequest) -> SavePlan:
     return _Planner(connection, request).plan()
 
 
-def has_exact_part(connection: sa.Connection, request: SaveRequest, n_tokens: int) -> bool:
-    """Whether an edited chunk finds the tokens before its edit, at ``n_tokens``, in another one.
+def has_last_chunk(connection: sa.Connection, request: SaveRequest) -> bool:
+    """Whether another chunk begins with the tokens of the last, unfinished one of ``request``.
 
-    Also if there is no such token in its chunk.
+    Also if the last one is not unfinished.
     """
     size = request.chunk_n_tokens
-    start = n_tokens // size * size
-    ids = request.ids[start:n_tokens]
+    start = len(request.ids) // size * size
+    ids = request.ids[start:]
     root = root_key(
         request.cache.fingerprint.model, chunk_n_tokens=size, namespace=request.namespace
     )
-    before = full_chunk_keys(root, request.ids[:start], chunk_n_tokens=size)
+    keys = full_chunk_keys(root, request.ids[:start], request.lineage, chunk_n_tokens=size)
+    parent_key = keys[-1] if keys else root
     try:
-        found = siblings(connection, before[-1] if before else root, ids, (), start=start)
+        found = siblings(connection, parent_key, ids, request.lineage, start=start)
         return not ids or any(n_shared == len(ids) for _, n_shared in found)
     except CorruptStoreError:
         return False
@@ -190,10 +191,10 @@ class _Planner:
         """Store all of the chunk, or only what no sibling holds."""
         found = self._siblings(parent_key, ids, start)
         base, base_n_tokens = max(found, key=_by_n_shared, default=_NO_BASE)
-        # What lies before an edit is never a part of the edited chunk: no exact look-up, and no
-        # other edit, would find it there.
-        exact = [one for one in found if extras and not one[0].extras]
-        exact_base = max(exact, key=_by_n_shared, default=_NO_BASE)
+        # What lies before an edit is never a part of the edited chunk: nobody who looks for it
+        # without the edit would find it there.
+        unedited = [one for one in found if one[0].extras != extras]
+        before_edit = max(unedited, key=_by_n_shared, default=_NO_BASE)
         present_n_tokens = base_n_tokens
         superseded_id = None
         must_borrow = base is not None and self._has_gone(base, start + base_n_tokens)
@@ -208,10 +209,10 @@ class _Planner:
             if len(ids) == self._request.chunk_n_tokens and not must_borrow:
                 # The tail is full: one blob a tensor instead of the tail's many,
                 # which nothing else needs and which go when this save is published.
-                base, base_n_tokens = exact_base
+                base, base_n_tokens = before_edit
         is_worth_it = base_n_tokens >= MIN_BORROWED_N_TOKENS or not self._layout.is_full
         if not (is_worth_it or must_borrow):
-            base, base_n_tokens = exact_base
+            base, base_n_tokens = before_edit
         while base is not None and base_n_tokens <= base.base_n_tokens and base.base_id is not None:
             base = chunks.by_id(self._connection, base.base_id)  # what we share is not base's own
         if base is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from kvstore.errors import CapacityError, RewindError
 from kvstore.kinds import Held, kind_of
 from kvstore.layout import Layout
-from kvstore.lineage import Edit, Lineage, before, edited
+from kvstore.lineage import Edit, Lineage, before, computed, edited
 
 
 class TokenLog:
@@ -83,6 +83,8 @@ class TokenLog:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """The model computed ``tokens`` behind the last one."""
+        if tokens:
+            self._edits = computed(self._edits, len(self._tokens))
         self._tokens.extend(tokens)
         self._peak_n_tokens = max(self._peak_n_tokens, len(self._tokens))
 

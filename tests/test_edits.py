@@ -120,7 +120,8 @@ def test_what_is_no_lineage_is_refused(store, edits):
 
 
 @pytest.mark.parametrize(
-    ("start", "content"), [(-1, bytes(32)), (2**63, bytes(32)), (True, bytes(32)), (1, b"short")]
+    ("start", "content"),
+    [(-1, bytes(32)), (2**63, bytes(32)), (True, bytes(32)), (1, b"short"), (1, "")],
 )
 def test_what_is_no_edit_is_refused(start, content):
     with pytest.raises(InputError, match="edit"):
@@ -170,17 +171,30 @@ def test_exact_tokens_stay_shared_before_and_behind_an_edit(store):
 
 
 def test_an_edited_session_that_goes_on_writes_new_tokens_only(store):
-    for name, cache in (
-        ("exact", computed(TOKENS[:20])),
-        ("edited", computed(TOKENS[:20], (13, 20, "struck"))),
-    ):
-        store.save_session(cache, cache.tokens, name=name)
-        cache.compute(TOKENS[20:23])
-        saved = store.save_session(cache, cache.tokens, name=name)
-        # A tail this short is written again rather than borrowed from.
-        assert (saved.n_new_tokens, saved.raw_nbytes) == (3, 7 * layout().token_nbytes)
-        again = store.save_session(cache, cache.tokens, name=name)
-        assert (again.n_new_tokens, again.raw_nbytes) == (0, 0)
+    cache = computed(TOKENS[:20], (13, 20, "struck"))
+    store.save_session(cache, cache.tokens, name="a")
+    cache.compute(TOKENS[20:23])
+    saved = store.save_session(cache, cache.tokens, name="a")
+    assert (saved.n_new_tokens, saved.raw_nbytes) == (3, 3 * layout().token_nbytes)
+    again = store.save_session(cache, cache.tokens, name="a")
+    assert (again.n_new_tokens, again.raw_nbytes) == (0, 0)
+
+
+def test_what_is_computed_again_behind_an_edit_is_not_what_was_edited(store):
+    """The same tokens behind the same edit: once edited themselves, once computed on top."""
+    cache = computed(TOKENS, (13, 30, "struck"))
+    store.save_session(cache, TOKENS, name="edited")
+    assert cache.edits == (Edit(13, digest("struck")),)
+    cache.truncate(20)
+    cache.compute(TOKENS[20:])
+    assert cache.edits == (Edit(13, digest("struck")), Edit(20, b""))
+    assert store.save_session(cache, TOKENS, name="computed").n_present_tokens == 20
+    for name in ("edited", "computed"):
+        restored = BytesCache()
+        assert store.load_session(restored, name=name).n_tokens == 29
+        assert restored.wrong() == []
+    restored.compute(TOKENS[29:])
+    assert restored.edits == cache.edits
 
 
 def test_a_session_that_is_edited_again_lets_go_of_what_it_was(store):
@@ -217,7 +231,7 @@ def test_edits_with_a_name_are_refused(store):
 
 @pytest.mark.parametrize("start", [0, 8, 16])
 def test_an_edit_at_the_border_of_a_chunk_needs_no_chunk_of_its_own(store, start):
-    cache = computed(TOKENS, (start, 25, "set"))
+    cache = computed(TOKENS, (start, 30, "set"))
     store.save_session(cache, TOKENS, name="a")
     assert store.stats().n_chunks == 4
     restored = BytesCache()

@@ -358,7 +358,8 @@ class LiveTensors(Mapping[str, TensorView]):
         """
         self.check_open()
         self.wait_for_readers()
-        self._log.restore(tokens, held, self.edits)
+        edits = tuple(one for one in self.edits if one.start < len(tokens))
+        self._log.restore(tokens, held, edits)
         if edit.start < len(tokens):
             self._log.edit(edit)
         self._cut_back(edit.start)

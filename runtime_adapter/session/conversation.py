@@ -21,7 +21,7 @@ class Conversation:
     """Token ids and what belongs to them; pure data.
 
     ``edits`` say which of them are not as the model computes them, as far as that content is to
-    be had: where it is not, the tokens are computed anew (``compute_from``).
+    be had: where it is not, the tokens are computed anew (``note_edits``).
 
     Invariants: ``cuts`` and the ends of ``turns`` are at most ``len(tokens)``; ``logits`` holds
     float32 ``[vocab]`` by the number of tokens before them. ``unchanged_n_tokens`` at the
@@ -46,12 +46,12 @@ class Conversation:
         self._move_turns(lambda position: min(position, n_tokens))
         self.logits = {at: logits for at, logits in self.logits.items() if at <= n_tokens}
 
-    def compute_from(self, n_tokens: int) -> None:
-        """What comes behind ``n_tokens`` is computed: edits there are undone."""
-        undone = [edit.start for edit in self.edits if edit.start >= n_tokens]
-        if undone:
-            self.edits = self.edits[: -len(undone)]
-            self.logits = {at: logits for at, logits in self.logits.items() if at <= undone[0]}
+    def note_edits(self, edits: Lineage, n_tokens: int) -> None:
+        """The first ``n_tokens`` are at hand now, and have come about so."""
+        differing = [one.start for one in {*self.edits} ^ {*edits} if one.start < n_tokens]
+        if differing:
+            self.edits = edits
+            self.logits = {at: found for at, found in self.logits.items() if at <= min(differing)}
 
     def replace(self, start: int, stop: int, tokens: list[int]) -> None:
         """Put ``tokens`` in place of ``[start, stop)``; turns behind it move along."""

@@ -199,9 +199,9 @@ class Follower:
             border = (start // piece_n_tokens + 1) * piece_n_tokens
             end = min(cuts.after(start) or border, border, stop)
             self.logits = None
-            self.conversation.compute_from(start)
             logits = model.forward(self.conversation.tokens[start:end], start=start)
             cuts.add(end)
+            self.conversation.note_edits(cache.edits, end)
             self._note()
             self.logits = logits
             self._after_a_piece()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from kvstore import MissReason, SaveResult, Store, token_ids
+from kvstore import Lineage, MissReason, SaveResult, Store, token_ids
 from kvstore.errors import (
     CapacityError,
     InputError,
@@ -142,6 +142,14 @@ class Session:
     def turns(self) -> tuple[tuple[int, int], ...]:
         """The generated stretches ``(start, stop)``, in order."""
         return tuple(self._conversation.turns)
+
+    @property
+    def edits(self) -> Lineage:
+        """Where what the cache holds is not what the model computes for ``tokens``: see ``strike``.
+
+        Empty while all of it is exact.
+        """
+        return self._conversation.edits
 
     @property
     def resumed(self) -> SessionResult | None:
@@ -491,7 +499,7 @@ class Session:
         self._replaces = hit.reason in (MissReason.OTHER_MODEL, MissReason.OTHER_LAYOUT)
         if self._replaces:
             conversation.cuts.forget_after(0)
-            conversation.compute_from(0)
+            conversation.edits = ()
             conversation.logits.clear()
         if not has_metadata:
             self.metadata = metadata

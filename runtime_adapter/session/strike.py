@@ -210,7 +210,7 @@ def _edit_of(cache: LiveTensors, start: int, stop: int) -> Edit:
     hasher.update(struct.pack(f"<{stop - start}Q", *cache.tokens[start:stop]))
     for edit in cache.edits:
         if edit.start >= start:  # it is part of this one from now on
-            hasher.update(struct.pack("<Q", edit.start) + edit.digest)
+            hasher.update(struct.pack("<QB", edit.start, len(edit.digest)) + edit.digest)
     return Edit(start, hasher.digest())
 
 

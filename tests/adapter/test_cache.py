@@ -215,16 +215,25 @@ def test_a_layout_without_logits_keeps_none(cache: PlannedCache) -> None:
     assert cache.logits is None
 
 
-def test_setting_a_tensor_writes_it_and_taints_the_cache(cache: PlannedCache, k: Any) -> None:
+def test_setting_a_tensor_writes_it_and_is_an_edit(cache: PlannedCache, k: Any) -> None:
     cache.extend([1, 2])
     cache.set("k", torch.ones_like(k))
     assert bool((k == 1).all())
-    assert cache.taint is not None
-    assert "'k'" in cache.taint
+    (edit,) = cache.edits
+    cache.set("k", torch.ones_like(k))
+    assert cache.edits != (edit,)  # what was set by hand is like nothing else
     cache.truncate(1)
-    assert cache.taint is not None  # what is left may be what was set
+    assert cache.exact_n_tokens == 0  # what is left may be what was set
     cache.truncate(0)
-    assert cache.taint is None
+    assert cache.edits == ()
+
+
+def test_a_tensor_that_is_set_before_the_first_token_is_an_edit_too(
+    cache: PlannedCache, k: Any
+) -> None:
+    cache.set("k", torch.ones_like(k))
+    cache.extend([1, 2])
+    assert [edit.start for edit in cache.edits] == [0]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +250,7 @@ def test_a_tensor_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=told):
         cache.set(name, tensor)
-    assert cache.taint is None
+    assert cache.edits == ()
 
 
 def test_a_closed_cache_refuses_and_what_it_handed_out_stays_readable(
@@ -257,7 +266,7 @@ def test_a_closed_cache_refuses_and_what_it_handed_out_stays_readable(
         lambda: cache.adopt([1]),
         lambda: cache.logits,
         lambda: cache.set("k", k),
-        lambda: cache.mark_tainted("why"),
+        cache.mark_edited,
     ):
         with pytest.raises(ClosedModelError, match=r"Model\.open"):
             use()

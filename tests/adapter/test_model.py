@@ -391,12 +391,12 @@ def test_a_closed_model_refuses_everything(model: Model) -> None:
     assert bool(tensor.any())
 
 
-def test_a_set_tensor_taints_until_the_cache_is_empty(model: Model) -> None:
+def test_a_set_tensor_is_an_edit_until_the_cache_is_empty(model: Model) -> None:
     model.forward([1, 2, 3], start=0)
     name = next(iter(model.cache))
     model.cache.set(name, torch.zeros_like(model.cache.live(name)))
-    assert model.cache.taint is not None
+    assert model.cache.exact_n_tokens == 0
     model.forward([4], start=3)
-    assert model.cache.taint is not None
+    assert model.cache.exact_n_tokens == 0
     model.cache.truncate(0)
-    assert model.cache.taint is None
+    assert model.cache.edits == ()

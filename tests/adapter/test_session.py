@@ -411,7 +411,7 @@ def test_a_cache_that_was_changed_behind_its_back_is_noticed(model):
     view = next(view for view in model.cache.values() if view.valid)
     view.set(view.valid[0][0], view.get(*view.valid[0]))
     session.append([3])
-    assert model.cache.taint is None
+    assert model.cache.edits == ()
     same_as_fresh(model, session)
 
 
@@ -468,25 +468,29 @@ def test_a_conversation_that_filled_the_cache_is_gone_on_with(store):
         assert session.n_tokens < 300
 
 
-def test_logits_of_an_edited_cache_are_not_kept_for_later(store):
+def test_an_edited_conversation_comes_back_with_its_logits(store):
     with Model.open(programs.path("stock_fp32")) as model:
         session = Session(model, store, "chat", store_logits=True)
         session.append(WORDS[:60])
         list(session.generate(3))
         session.strike(4, 24)
         session.append(WORDS[70:73])
-        turn_start = session.n_tokens
+        turn_start, expected = session.n_tokens, session.logits
         list(session.generate(4))
-        assert model.cache.exact_n_tokens == 4
+        assert [(edit.start, bool(edit.digest)) for edit in session.edits] == [
+            (4, True),
+            (42, False),
+        ]
         session.save()
         other = Session(model)
         other.append(WORDS[800:820])
         session.rewind(to=turn_start)
-        found = session.logits
-        torch.testing.assert_close(found, fresh(model, session)[0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(session.logits, expected)
+        model.cache.truncate(0)
         resumed = Session(model, store, "chat", store_logits=True)
-        resumed.rewind(to=turn_start)
-        torch.testing.assert_close(resumed.logits, found, atol=1e-4, rtol=1e-4)
+        assert resumed.edits[0].start == 4
+        assert resumed.regenerate().n_computed_tokens == 0
+        assert torch.equal(resumed.logits, expected)
 
 
 @pytest.mark.parametrize(

@@ -124,3 +124,74 @@ class _NoStore:
 
     def choice(self, options):
         return self._dice.choice([option for option in options if option not in ("save", "fork")])
+
+
+def edited(session, dice):
+    """One random change, strikes among them."""
+    words = [dice.randrange(96) for _ in range(dice.choice([1, 3, 20, 60]))]
+    n_tokens = session.n_tokens
+    place = dice.randrange(1, n_tokens + 1) if n_tokens else 0
+    stop = min(n_tokens, place + dice.randrange(1, 30))
+    change = dice.choice(["append", "generate", "rewind", "replace", "strike", "strike"])
+    if n_tokens > LONGEST:
+        return lambda one: one.strike(1, n_tokens // 2)
+    if change == "append" or not n_tokens or not place < stop:
+        return lambda one: one.append(words)
+    if change == "generate":
+        seed, n_new = dice.randrange(100), dice.randrange(20)
+        return lambda one: list(one.generate(n_new, sampler=Sampler(temperature=1.0, seed=seed)))
+    if change == "rewind":
+        return lambda one: one.rewind(to=place)
+    if change == "replace":
+        return lambda one: one.replace(place, stop, words)
+    return lambda one: one.strike(place, stop)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("stock_fp32", 0),
+        *(
+            pytest.param(name, seed, marks=slow)
+            for seed in range(1, 4)
+            for name in ("stock_fp32", "plain", "quantized_cache")
+        ),
+    ],
+)
+def test_edited_conversations_that_take_turns_are_as_each_alone(name, seed, tmp_path):
+    """Two share a model and a store, go on by name now and then; each has a twin without either.
+
+    Full tensors only: a twin can go back to wherever the store can.
+    """
+    dice = random.Random(f"{name} {seed}")
+    path = programs.path(name)
+    tolerance = 0.1 if "quantized" in name else 1e-3
+    with (
+        Model.open(path) as model,
+        Model.open(path) as one,
+        Model.open(path) as other,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=16) as store,
+    ):
+        chats = [Session(model, store, f"chat {number}", autosave=number == 0) for number in (0, 1)]
+        twins = [Session(one), Session(other)]
+        for _ in range(N_STEPS):
+            number = dice.randrange(2)
+            change = edited(twins[number], dice)
+            for session in (chats[number], twins[number]):
+                change(session)
+                if not session.n_tokens:
+                    session.append([5])
+            assert chats[number].tokens == twins[number].tokens
+            if dice.random() < 0.3:
+                chats[number].save()
+                chats[number].close()
+                if dice.random() < 0.5:
+                    model.cache.truncate(0)
+                chats[number] = Session(model, store, f"chat {number}", autosave=number == 0)
+            assert chats[number].edits == twins[number].edits
+            found, expected = chats[number].logits, twins[number].logits
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+            assert chats[number].edits == twins[number].edits == model.cache.edits
+        for session in chats:
+            session.close()
+        assert store.verify().ok

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from importlib.resources import files
 
@@ -172,8 +173,8 @@ def test_the_first_layers_keys_are_as_computed(name, start, stop):
         if before is not None:
             after = model.cache.layer(0).v.get(0, len(left))
             assert torch.equal(after, torch.cat([before[:start], before[stop:]]))
-        assert f"[{start}, {stop})" in str(model.cache.taint)
-        assert model.cache.exact_n_tokens == start
+        assert [edit.start for edit in model.cache.edits] == [start]
+        assert (model.cache.exact_n_tokens, session.edits) == (start, model.cache.edits)
 
 
 def _numbers(layer):
@@ -224,19 +225,79 @@ def test_generation_rewinding_and_saving_go_on_after_a_strike(tmp_path):
         words = session.tokens
         assert len(words) == 56
         assert model.cache.exact_n_tokens == 20
+        expected, edits = session.logits, session.edits
+        held = [view.get(0, 56) for view in model.cache.values()]
         session.save()
         # What was computed on top of the edit answers no exact look-up.
         model.cache.truncate(0)
         assert store.load_session(model.cache, [*words, 1]).n_tokens == 20
         model.cache.truncate(0)
         resumed = Session(model, store, "chat")
-        assert resumed.tokens == words
-        assert (resumed.n_cached_tokens, model.cache.taint) == (20, None)
-        resumed.append([3])
-        with Model.open(programs.path("stock_fp32")) as other:
-            expected = other.forward([*words, 3], start=0)
-        torch.testing.assert_close(resumed.logits, expected, atol=1e-3, rtol=1e-3)
+        assert (resumed.tokens, resumed.edits) == (words, edits)
+        assert resumed.n_cached_tokens >= 55
+        assert torch.equal(resumed.logits, expected)
+        for before, view in zip(held, model.cache.values(), strict=True):
+            assert torch.equal(before, view.get(0, 56))
         assert store.verify().ok
+
+
+def test_where_the_edited_part_is_gone_the_rest_is_computed_exactly(tmp_path):
+    path = programs.path("stock_fp32")
+    with Model.open(path) as model, kvstore.open(tmp_path / "s.db", chunk_n_tokens=16) as store:
+        session = Session(model, store, "chat", store_logits=True)
+        session.append(WORDS[:60])
+        session.strike(20, 35)
+        list(session.generate(3))
+        session.save()
+        store.prune(max_bytes=0)
+        model.cache.truncate(0)
+        resumed = Session(model, store, "chat", store_logits=True)
+        with Model.open(path) as other:
+            expected = other.forward(resumed.tokens, start=0)
+        torch.testing.assert_close(resumed.logits, expected, atol=1e-3, rtol=1e-3)
+        assert (resumed.edits, model.cache.edits) == ((), ())
+        resumed.regenerate()  # nor does it take logits that were computed on top of the edit
+        with Model.open(path) as other:
+            expected = other.forward(resumed.tokens, start=0)
+        torch.testing.assert_close(resumed.logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_equal_strikes_of_equal_conversations_are_stored_once(tmp_path):
+    path = programs.path("stock_fp32")
+    with Model.open(path) as model, kvstore.open(tmp_path / "s.db", chunk_n_tokens=16) as store:
+        for name in ("one", "other"):
+            session = Session(model, store, name)
+            session.append(WORDS[:60])
+            session.strike(20, 35)
+            saved = session.save()
+        assert (saved.n_new_tokens, saved.n_exact_tokens) == (0, 20)
+        session.strike(19, 20)
+        session.strike(18, 19)
+        assert session.save().n_exact_tokens == 18
+        assert store.verify().ok
+
+
+def test_a_strike_that_fails_half_way_is_no_edit_that_others_share(tmp_path, monkeypatch):
+    path = programs.path("stock_fp32")
+    with Model.open(path) as model, kvstore.open(tmp_path / "s.db", chunk_n_tokens=16) as store:
+        session = Session(model, store, "chat")
+        session.append(WORDS[:60])
+        before = model.cache.copy_all()
+        session.strike(20, 35)
+        whole = model.cache.edits
+        model.cache.put_back(before)
+        strike = importlib.import_module("runtime_adapter.session.strike")
+        rope = rope_of(model)
+
+        def interrupted(view, start, values):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(type(model.cache.layer(1).v), "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            strike.strike(model.cache, rope, 20, 35)
+        monkeypatch.undo()
+        assert [edit.start for edit in model.cache.edits] == [20]
+        assert model.cache.edits != whole
 
 
 def test_going_back_before_the_strike_is_exact_again():
@@ -246,7 +307,7 @@ def test_going_back_before_the_strike_is_exact_again():
         list(session.generate(5))
         session.strike(20, 35)
         session.rewind(to=10)
-        assert model.cache.taint is None
+        assert (session.edits, model.cache.edits) == ((), ())
         with Model.open(programs.path("stock_fp32")) as other:
             assert torch.equal(session.logits, other.forward(WORDS[:10], start=0))
 
@@ -264,7 +325,7 @@ def test_a_given_rotation_is_checked_on_the_model():
         ):
             with pytest.raises(InputError, match=told):
                 session.strike(10, 20, rope=wrong)
-        assert (session.tokens, model.cache.taint) == (tuple(WORDS[:60]), None)
+        assert (session.tokens, model.cache.edits) == (tuple(WORDS[:60]), ())
         assert session.append([5]).n_live_tokens == 60
         session.strike(10, 20, rope={0: right, 1: right})
         assert session.n_tokens == 51
