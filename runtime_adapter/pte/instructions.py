@@ -9,11 +9,13 @@ list of them; ``et_view`` gives a second shape to the same memory.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvstore.errors import CorruptProgramError
+from kvstore.layout import DTYPE_ITEMSIZE_NBYTES
 from runtime_adapter.pte.arguments import LIST_ITEMS, SchemaOf, find_mismatch, no_schemas
 
 _DTYPES = {
@@ -28,6 +30,10 @@ _DTYPES = {
     "FLOAT": "float32",
     "DOUBLE": "float64",
 }
+
+_LARGEST_ITEM_NBYTES = 16
+_SPARE_NBYTES = 1 << 20
+"""Exporters plan up to some hundred bytes more than what is used."""
 
 _LISTS = frozenset({"TensorList", "OptionalTensorList", "IntList"})
 # Lists of numbers that stand in the program itself, unlike IntList, whose items are values.
@@ -124,7 +130,7 @@ def read_method(
     Raises:
         CorruptProgramError: an instruction points at a value, operator or delegate that
             does not exist, or calls an operator with arguments that its schema, where
-            ``schema_of`` knows it, does not have.
+            ``schema_of`` knows it, does not have; or far more memory is planned than used.
     """
     values = [value.val for value in plan.values]
     kinds = [type(value).__name__ for value in values]
@@ -144,6 +150,7 @@ def read_method(
         for index, (kind, value) in enumerate(zip(kinds, values, strict=True))
         if kind not in _LISTS and kind != "Tensor"
     }
+    reader.check_memory(plan.non_const_buffer_sizes or (), tensors.values())
     steps: list[Step] = []
     for chain in plan.chains or ():
         for instruction in chain.instructions or ():
@@ -179,6 +186,21 @@ class _Reader:
             if not 0 <= index < len(self._kinds):
                 raise self._damaged(f"an instruction that points at value {index}")
         return tuple(indices)
+
+    def check_memory(self, sizes: Sequence[int], tensors: Iterable[TensorValue]) -> None:
+        """Refuse memory far beyond what lies in it: the runtime would allocate all of it first."""
+        used = dict.fromkeys(range(len(sizes)), 0)
+        for tensor in tensors:
+            if tensor.memory_id in used:
+                itemsize = DTYPE_ITEMSIZE_NBYTES.get(tensor.dtype, _LARGEST_ITEM_NBYTES)
+                stop = tensor.memory_offset + math.prod(tensor.shape) * itemsize
+                used[tensor.memory_id] = max(used[tensor.memory_id], stop)
+        for memory_id, size in enumerate(sizes):
+            if size > 2 * used[memory_id] + _SPARE_NBYTES:
+                raise self._damaged(
+                    f"{size} bytes planned as memory {memory_id}, of which tensors use "
+                    f"{used[memory_id]}"
+                )
 
     def items(self, kind: str, indices: Sequence[int]) -> tuple[int, ...]:
         """The items of a list of values; -1 is an optional item that is absent."""

@@ -39,7 +39,9 @@ _CHILD = (
 _REFUSED = 3
 """How the child ends if the program gave an error, which the caller will then see itself."""
 
-_LONGEST_S = 900
+_PATIENCE_S = 60.0
+_SLOWEST_NBYTES_PER_S = 10_000_000
+"""How long it may take: so much, and what such a slow disk needs for the file."""
 
 
 def try_out(
@@ -69,6 +71,8 @@ def try_out(
         "operators": sorted(operators),
         "steps": steps,
     }
+    files = [file for file in (path, data_path) if file is not None]
+    longest_s = _PATIENCE_S + sum(file.stat().st_size for file in files) / _SLOWEST_NBYTES_PER_S
     command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), json.dumps(task)]
     with tempfile.TemporaryFile() as errors:
         try:
@@ -77,7 +81,7 @@ def try_out(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                timeout=_LONGEST_S,
+                timeout=longest_s,
                 check=False,
             ).returncode
         except OSError as error:
@@ -85,8 +89,8 @@ def try_out(
             return False
         except subprocess.TimeoutExpired as error:
             raise ProgramError(
-                f"{path}: its first steps did not end within {_LONGEST_S} s; copy or export the "
-                "file again"
+                f"{path}: expected its first steps to end within {longest_s:.0f} s, found "
+                "them still under way; copy or export the file again, or wait until this machine is less busy"
             ) from error
         errors.seek(0)
         told = errors.read().decode("utf-8", "replace")

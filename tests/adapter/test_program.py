@@ -348,6 +348,18 @@ def test_a_program_with_flipped_bits_is_refused_or_another_model(tmp_path: Path,
     assert not [said for said in outcomes if said.startswith("died")]
 
 
+def test_memory_that_nothing_uses_is_corrupt_before_it_is_allocated(tmp_path: Path) -> None:
+    """The runtime would ask the system for all of it, and touch it."""
+    source = programs.path("stock_fp32")
+    (size,) = read_program(source).program.execution_plan[0].non_const_buffer_sizes[1:]
+    data, planned = source.read_bytes(), struct.pack("<I2q", 2, 0, size)
+    assert data.count(planned) == 1
+    path = tmp_path / "model.pte"
+    path.write_bytes(data.replace(planned, struct.pack("<I2q", 2, 0, size + (1 << 36))))
+    with pytest.raises(CorruptProgramError, match="bytes planned as memory 1"):
+        Model.open(path, cache_dir=tmp_path / "cache")
+
+
 def first_call(path: Path, operator: str) -> tuple[int, ...]:
     """The arguments of the first call of ``operator``, as indices of values."""
     plan = read_program(path).program.execution_plan[0]

@@ -14,6 +14,7 @@ from tests.adapter.test_program import first_call, with_another_argument
 pytest.importorskip("executorch")
 
 from runtime_adapter import Model
+from runtime_adapter.runtime import trial
 
 
 def _deadly(folder: Path) -> Path:
@@ -59,6 +60,14 @@ def test_a_killed_trial_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     fake = _interpreter(tmp_path, name="python3", does="kill -KILL $$")
     monkeypatch.setattr(sys, "executable", fake)
     with pytest.raises(ProgramError, match="enough memory"):
+        Model.open(programs.path("stock_fp32"), cache_dir=tmp_path / "cache")
+
+
+def test_a_trial_that_does_not_end_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _interpreter(tmp_path, name="python3", does="exec sleep 1000")
+    monkeypatch.setattr(sys, "executable", fake)
+    monkeypatch.setattr(trial, "_PATIENCE_S", 0.2)
+    with pytest.raises(ProgramError, match="found them still under way"):
         Model.open(programs.path("stock_fp32"), cache_dir=tmp_path / "cache")
 
 
