@@ -90,7 +90,8 @@ def try_out(
         except subprocess.TimeoutExpired as error:
             raise ProgramError(
                 f"{path}: expected its first steps to end within {longest_s:.0f} s, found "
-                "them still under way; copy or export the file again, or wait until this machine is less busy"
+                "them still under way; copy or export the file again, or wait until this machine "
+                "is less busy"
             ) from error
         errors.seek(0)
         told = errors.read().decode("utf-8", "replace")
