@@ -8,6 +8,7 @@ from typing import Any
 
 from kvstore import Store
 from runtime_adapter.caches.still import Still
+from runtime_adapter.session.claim import Claim
 
 
 class BackgroundSaver:
@@ -31,24 +32,29 @@ class BackgroundSaver:
         name: str | None,
         metadata: Mapping[str, Any] | None,
         replace: bool,
+        claim: Claim | None,
         when_saved: Callable[[], None],
     ) -> Future[Any] | None:
         """Save ``still`` from now on; None if an error waits to be raised.
 
-        ``when_saved`` is called by whoever settles it next, unless it failed.
+        ``claim`` is that of the name. ``when_saved`` is called by whoever settles it next,
+        unless it failed.
         """
         self.settle()
         if self._error is not None:
             return None
         self._when_saved = when_saved
-        self._running = self._thread.submit(
-            self._store.save_session,
-            still,
-            still.tokens,
-            name=name,
-            metadata=metadata,
-            replace=replace,
-        )
+
+        def save() -> None:
+            if claim is not None:
+                claim.check()
+            self._store.save_session(
+                still, still.tokens, name=name, metadata=metadata, replace=replace
+            )
+            if claim is not None:
+                claim.renew()
+
+        self._running = self._thread.submit(save)
         return self._running
 
     def settle(self) -> None:

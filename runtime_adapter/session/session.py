@@ -18,6 +18,7 @@ from kvstore.errors import (
 from runtime_adapter.caches.still import Still
 from runtime_adapter.model import Model
 from runtime_adapter.session.autosave import BackgroundSaver
+from runtime_adapter.session.claim import Claim
 from runtime_adapter.session.conversation import Conversation
 from runtime_adapter.session.follower import Follower, SessionResult
 from runtime_adapter.session.overflow import Overflow
@@ -82,6 +83,7 @@ class Session:
         self._name = name
         self._store_logits = store_logits
         self._replaces = False
+        self._claim: Claim | None = None
         self._saved_n_tokens = 0
         self._is_dirty = False
         self._is_appending = False
@@ -99,6 +101,7 @@ class Session:
         self.sampler = Sampler()
         self.metadata: dict[str, Any] = dict(metadata or {})
         if store is not None and name is not None:
+            self._begin(Conversation(), name=name, sampler=Sampler())
             self._resume(store, name, has_metadata=metadata is not None)
 
     # ------------------------------------------------------------------ what it holds
@@ -415,7 +418,7 @@ class Session:
 
         Raises:
             InputError: there is no store, or there are no tokens.
-            SessionConflictError: another process saved it since.
+            SessionConflictError: another process, or another Session, saved it since.
             StoreError: the file cannot be written.
         """
         self._check_open()
@@ -477,6 +480,8 @@ class Session:
         """Go on with ``conversation``."""
         self._follower.conversation = conversation
         self._name, self.sampler = name, sampler
+        if self._store is not None and name is not None:
+            self._claim = Claim(self._store, name)
 
     def _resume(self, store: Store, name: str, *, has_metadata: bool) -> None:
         self._follower.take()
@@ -569,6 +574,9 @@ class Session:
         if self._saver is not None:
             self._saver.settle()  # two saves of one name at once would be in conflict
         cache = self._model.cache
+        claim = self._claim if name == self._name else None
+        if claim is not None:
+            claim.check()
         saved = store.save_session(
             cache,
             cache.tokens,
@@ -576,6 +584,8 @@ class Session:
             metadata=self._metadata(cache.n_tokens),
             replace=self._replaces and name == self._name,
         )
+        if claim is not None:
+            claim.renew()
         if name == self._name:
             self._saved(self.n_tokens)
         return saved
@@ -608,6 +618,7 @@ class Session:
             name=None if self._is_appending else self._name,
             metadata=None if self._is_appending else self._metadata(n_tokens),
             replace=self._replaces,
+            claim=None if self._is_appending else self._claim,
             when_saved=_nothing if self._is_appending else functools.partial(self._saved, n_tokens),
         )
         if running is not None:

@@ -316,3 +316,28 @@ def test_two_who_begin_one_name_do_not_write_over_each_other(tmp_path):
         with pytest.raises(SessionConflictError):
             mine.save()
         assert store.sessions()[0].n_tokens == 40
+
+
+@pytest.mark.parametrize("autosave", [True, False])
+def test_two_sessions_of_one_name_do_not_write_over_each_other(tmp_path, autosave):
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        older = Session(model, store, "chat", autosave=autosave)
+        older.append(PROMPT)
+        if not autosave:
+            older.save()
+        newer = Session(model, store, "chat")
+        newer.append([1, 2, 3])
+        newer.save()
+        older.append([4])
+        with pytest.raises(SessionConflictError, match="another Session"):
+            older.close() if autosave else older.save()
+        kept = older.fork("mine")
+        assert kept.tokens == (*PROMPT, 4)
+        newer.append([5])
+        newer.save()
+        assert Session(model, store, "chat").tokens == newer.tokens
+        assert Session(model, store, "mine").tokens == kept.tokens
+        assert store.verify().ok
