@@ -280,7 +280,9 @@ class _Saver:
             _Encoded(
                 write=write,
                 blobs=[
-                    self._workers.submit(_encode_part, cache, write.key, part)
+                    self._workers.submit(
+                        _encode_part, cache, write.key, part, self._request.codec_name
+                    )
                     for part in write.parts
                 ],
             )
@@ -467,10 +469,11 @@ class _Saver:
                 eviction.release(connection, chunk_id)
 
 
-def _encode_part(cache: LiveCache, key: Key, part: Part) -> NewBlob:
+def _encode_part(cache: LiveCache, key: Key, part: Part, codec_name: str) -> NewBlob:
     spec = cache.layout.tensors[part.tensor]
     decoded = regions.gather(spec, cache.buffer(part.tensor), part.start, part.stop)
-    return encode_blob(key, part.tensor, part.start, part.stop, decoded=decoded, by=codec.Zstd())
+    by = codec.codec_for(codec_name, itemsize_nbytes=spec.itemsize_nbytes)
+    return encode_blob(key, part.tensor, part.start, part.stop, decoded=decoded, by=by)
 
 
 def _needed(batch: Sequence[_Encoded], tip: Link | None) -> list[ChunkRow | Link]:

@@ -53,6 +53,7 @@ class SaveRequest:
     chunk_n_tokens: int
     max_nbytes: int | None
     checkpoint_n_tokens: int
+    codec_name: str
     seen: Revision | None
 
 

@@ -17,6 +17,7 @@ from kvstore import load as loading
 from kvstore import prune as pruning
 from kvstore import save as saving
 from kvstore import verify as verifying
+from kvstore.codec import EXACT, NAMES
 from kvstore.db import chunks, eviction, models, sessions
 from kvstore.db import engine as db
 from kvstore.db.schema import Database, open_database
@@ -75,12 +76,14 @@ class Store:
         max_nbytes: int | None,
         chunk_n_tokens: int,
         checkpoint_n_tokens: int,
+        codec_name: str,
         namespace: str,
     ) -> None:
         self._database = database
         self._max_nbytes = max_nbytes
         self._chunk_n_tokens = chunk_n_tokens
         self._checkpoint_n_tokens = checkpoint_n_tokens
+        self._codec_name = codec_name
         self._namespace = namespace
         self._pid = os.getpid()
         self._closed = False
@@ -156,6 +159,7 @@ class Store:
             chunk_n_tokens=self._chunk_n_tokens,
             max_nbytes=self._max_nbytes,
             checkpoint_n_tokens=self._checkpoint_n_tokens,
+            codec_name=self._codec_name,
             seen=None if name is None else self._seen.get(name),
         )
         with self._call():
@@ -431,6 +435,7 @@ def open_store(
     read_only: bool = False,
     chunk_n_tokens: int = DEFAULT_CHUNK_N_TOKENS,
     checkpoint_n_tokens: int = DEFAULT_CHECKPOINT_N_TOKENS,
+    codec: str = EXACT,
     namespace: str = "",
     busy_timeout_seconds: float = db.BUSY_TIMEOUT_SECONDS,
 ) -> Store:
@@ -446,6 +451,9 @@ def open_store(
             with the same number.
         checkpoint_n_tokens: How often a session keeps a checkpoint of recurrent
             state: one in that many tokens, and always the newest.
+        codec: How new content is written: ``"exact"`` compresses what gets
+            shorter, ``"raw"`` writes it as it is. Both give every byte back, and
+            whatever a file holds is read by either.
         namespace: Separates names and keys of several applications in one file.
         busy_timeout_seconds: How long a write waits for another process.
 
@@ -466,6 +474,8 @@ def open_store(
         raise InputError(f"checkpoint_n_tokens: expected an integer, found {checkpoint_n_tokens!r}")
     if checkpoint_n_tokens < 1:
         raise InputError(f"checkpoint_n_tokens: expected 1 or more, found {checkpoint_n_tokens}")
+    if codec not in NAMES:
+        raise InputError(f"codec: expected one of {', '.join(NAMES)}, found {codec!r:.80}")
     _check_text(namespace, what="namespace")
     _check_timeout(busy_timeout_seconds)
     max_nbytes = None if max_bytes is None else parse_nbytes(max_bytes)
@@ -477,6 +487,7 @@ def open_store(
         max_nbytes=max_nbytes,
         chunk_n_tokens=chunk_n_tokens,
         checkpoint_n_tokens=checkpoint_n_tokens,
+        codec_name=codec,
         namespace=namespace,
     )
     if max_nbytes is not None and not store.read_only:

@@ -5,12 +5,25 @@ One module a codec. A new one gets the next free tag here and a section in
 """
 
 from kvstore.codec.base import Codec
+from kvstore.codec.planes import ITEMSIZES_NBYTES, Planes
 from kvstore.codec.raw import Raw
 from kvstore.codec.zstd import Zstd
 from kvstore.errors import DecodeError
 
-CODECS: dict[int, Codec] = {codec.tag: codec for codec in (Raw(), Zstd())}
+CODECS: dict[int, Codec] = {codec.tag: codec for codec in (Raw(), Zstd(), Planes())}
 """Every codec that this version can read, by tag."""
+
+
+EXACT, RAW = "exact", "raw"
+NAMES = (EXACT, RAW)
+"""What a store can be told to write with."""
+
+
+def codec_for(name: str, *, itemsize_nbytes: int) -> Codec:
+    """The codec that ``name`` stands for, for numbers of so many bytes."""
+    if name == RAW:
+        return Raw()
+    return Planes(itemsize_nbytes) if itemsize_nbytes in ITEMSIZES_NBYTES else Zstd()
 
 
 def encode(data: memoryview, codec: Codec) -> tuple[int, memoryview]:
@@ -38,4 +51,16 @@ def decode_into(tag: int, stored: memoryview, destination: memoryview) -> None:
     codec.decode_into(stored, destination)
 
 
-__all__ = ["CODECS", "Codec", "Raw", "Zstd", "decode_into", "encode"]
+__all__ = [
+    "CODECS",
+    "EXACT",
+    "NAMES",
+    "RAW",
+    "Codec",
+    "Planes",
+    "Raw",
+    "Zstd",
+    "codec_for",
+    "decode_into",
+    "encode",
+]

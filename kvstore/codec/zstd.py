@@ -27,6 +27,14 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     return decompressor
 
 
+def _compressor(level: int) -> zstandard.ZstdCompressor:
+    """This thread's compressor of that level."""
+    made: dict[int, zstandard.ZstdCompressor] = _per_thread.__dict__.setdefault("compressors", {})
+    if level not in made:
+        made[level] = zstandard.ZstdCompressor(level=level, write_content_size=True)
+    return made[level]
+
+
 @dataclass(frozen=True, slots=True)
 class Zstd:
     """Tag 1: a single frame with its content size in the header, nothing behind it.
@@ -42,8 +50,7 @@ class Zstd:
 
     def encode(self, data: memoryview) -> memoryview:
         """One frame over ``data``."""
-        compressor = zstandard.ZstdCompressor(level=self.level, write_content_size=True)
-        return memoryview(compressor.compress(data))
+        return memoryview(_compressor(self.level).compress(data))
 
     def decode_into(self, stored: memoryview, destination: memoryview) -> None:
         """Decompress straight into ``destination``."""

@@ -1,0 +1,137 @@
+"""Byte planes: the first bytes of all numbers, then the second ones, each plane by itself.
+
+In floating point the byte with the exponent carries about 2.6 of its 8 bits; sign and mantissa
+hardly compress. Apart from each other, the one is compressed and the others are not touched.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.codec.zstd import Zstd
+from kvstore.errors import DecodeError
+
+_RAW, _ZSTD = 0, 1
+_PLANE = struct.Struct("<BI")
+ITEMSIZES_NBYTES = (2, 4, 8)
+
+_SAMPLE_NBYTES = 16 << 10
+"""A plane whose first bytes do not get shorter is stored as it is, without trying the rest."""
+
+_MIN_GAIN = 20
+"""One part in so many has to be saved, or a plane is not worth decompressing."""
+
+_zstd = Zstd()
+_per_thread = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Tag 2: the number of planes, for each how it is stored and how long, then the planes."""
+
+    tag: ClassVar[int] = 2
+    name: ClassVar[str] = "planes"
+
+    itemsize_nbytes: int = 2
+
+    def encode(self, data: memoryview) -> memoryview:
+        """``data``, numbers of ``itemsize_nbytes`` bytes, as planes."""
+        numbers = np.frombuffer(data, np.uint8).reshape(-1, self.itemsize_nbytes)
+        headers = [bytes([self.itemsize_nbytes])]
+        bodies: list[memoryview] = []
+        for number in range(self.itemsize_nbytes):
+            plane = np.ascontiguousarray(numbers[:, number]).data
+            method, body = _RAW, plane
+            if _gains(_zstd.encode(plane[:_SAMPLE_NBYTES]), plane[:_SAMPLE_NBYTES]):
+                compressed = _zstd.encode(plane)
+                if _gains(compressed, plane):
+                    method, body = _ZSTD, compressed
+            headers.append(_PLANE.pack(method, body.nbytes))
+            bodies.append(body)
+        return memoryview(b"".join([*headers, *bodies]))
+
+    def decode_into(self, stored: memoryview, destination: memoryview) -> None:
+        """Decompress and interleave the planes."""
+        bodies = _bodies(stored)
+        n_numbers, rest = divmod(destination.nbytes, len(bodies))
+        if rest:
+            raise DecodeError(
+                f"planes blob: expected {len(bodies)} equal planes for {destination.nbytes} bytes"
+            )
+        scratch = _scratch(2 * n_numbers + destination.nbytes)
+        planes = [
+            _plane(method, body, scratch[number * n_numbers : (number + 1) * n_numbers])
+            for number, (method, body) in enumerate(bodies)
+        ]
+        joined = scratch[destination.nbytes : destination.nbytes + 2 * n_numbers].view("<u2")
+        _interleave(planes, np.frombuffer(destination, "<u2"), joined)
+
+
+def _gains(shorter: memoryview, plane: memoryview) -> bool:
+    return shorter.nbytes <= plane.nbytes - plane.nbytes // _MIN_GAIN - 1
+
+
+def _bodies(stored: memoryview) -> list[tuple[int, memoryview]]:
+    """How each plane is stored, and its stored bytes.
+
+    Raises:
+        DecodeError: the header is none, or does not add up to the payload.
+    """
+    n_planes = stored[0] if stored.nbytes else 0
+    position = 1 + n_planes * _PLANE.size
+    if n_planes not in ITEMSIZES_NBYTES or stored.nbytes < position:
+        raise DecodeError(f"planes blob: expected 2, 4 or 8 planes, found {n_planes}")
+    found = []
+    for method, nbytes in _PLANE.iter_unpack(stored[1:position]):
+        if method not in (_RAW, _ZSTD):
+            raise DecodeError(f"planes blob: a plane stored in an unknown way, {method}")
+        found.append((method, stored[position : position + nbytes]))
+        position += nbytes
+    if position != stored.nbytes:
+        raise DecodeError(
+            f"planes blob: expected {position} bytes as its header says, found {stored.nbytes}"
+        )
+    return found
+
+
+def _plane(method: int, body: memoryview, place: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """One plane's bytes, decompressed to ``place`` where they have to be."""
+    if method == _ZSTD:
+        _zstd.decode_into(body, place.data)
+        return place
+    if body.nbytes != place.nbytes:
+        raise DecodeError(
+            f"planes blob: expected a plane of {place.nbytes} bytes, found {body.nbytes}"
+        )
+    return np.frombuffer(body, np.uint8)
+
+
+def _interleave(
+    planes: Sequence[npt.NDArray[np.uint8]],
+    destination: npt.NDArray[np.uint16],
+    joined: npt.NDArray[np.uint16],
+) -> None:
+    """Put the planes' bytes side by side, two planes at a time: three times as fast as one."""
+    step = len(planes) // 2
+    for number in range(step):
+        low, high = planes[2 * number], planes[2 * number + 1]
+        target = destination if step == 1 else joined
+        np.left_shift(high, 8, out=target, dtype=np.uint16, casting="unsafe")
+        np.bitwise_or(target, low, out=target)
+        if step > 1:
+            destination[number::step] = joined
+
+
+def _scratch(nbytes: int) -> npt.NDArray[np.uint8]:
+    """This thread's memory to decompress into; grows to what the largest blob needs."""
+    scratch: npt.NDArray[np.uint8] | None = getattr(_per_thread, "scratch", None)
+    if scratch is None or scratch.nbytes < nbytes:
+        scratch = _per_thread.scratch = np.empty(nbytes, np.uint8)
+    return scratch
