@@ -17,15 +17,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import msgpack
 import xxhash
 import zstandard
 
-SCHEMA_SQL = Path(__file__).resolve().parents[1] / "schemas" / "schema.sql"
+SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 APPLICATION_ID = 0x6B767331
-VERSION = 1
+VERSION = 2
+SCHEMA_SQL = {1: SCHEMAS / "schema_v1.sql", VERSION: SCHEMAS / "schema.sql"}
 RINGS = ("window", "positions")
 MAX_WINDOW_NBYTES = 2**27
 ITEMSIZES = {
@@ -79,6 +80,36 @@ def checksum(key: bytes, tensor: int, start: int, stop: int, decoded: bytes) -> 
 
 def fingerprint(weights: bytes, program: bytes, layout: bytes) -> bytes:
     return blake2b(b"kvstore/model", weights, program, layout)
+
+
+# ---------------------------------------------------------------- edits
+
+Lineage: TypeAlias = tuple[tuple[int, bytes], ...]
+"""``(position, digest)`` of each edit, in ascending order of position."""
+
+
+def read_extras(extras: bytes, start: int, stop: int) -> Lineage:
+    """The edits that begin in a chunk ``[start, stop)``."""
+    edits: list[tuple[int, bytes]] = []
+    for at in range(0, len(extras), 41):
+        item = extras[at : at + 41]
+        require(len(item) == 41, "extras: an item is cut off")
+        kind, offset, n, digest = struct.unpack("<BII32s", item)
+        require(kind == 1, "extras: an unknown kind")
+        require(n == 32, "extras: the length of a digest")
+        require(start + offset < stop, "extras: an edit outside of the chunk")
+        require(not edits or edits[-1][0] < start + offset, "extras: the order of edits")
+        edits.append((start + offset, digest))
+    return tuple(edits)
+
+
+def extras_of(lineage: Lineage, start: int, stop: int) -> bytes:
+    """The extras of a chunk ``[start, stop)`` of that lineage."""
+    return b"".join(
+        b"\x01" + u32(position - start) + u32(32) + digest
+        for position, digest in lineage
+        if start <= position < stop
+    )
 
 
 # ---------------------------------------------------------------- layout
@@ -317,12 +348,21 @@ class Chunk:
     start: int
     stop: int
     tokens: bytes
+    extras: bytes
     raw_nbytes: int
     stored_nbytes: int
 
     @property
     def ids(self) -> list[int]:
         return ids_of(self.tokens)
+
+    @property
+    def edits(self) -> Lineage:
+        return read_extras(self.extras, self.start, self.stop)
+
+    @property
+    def has_its_key(self) -> bool:
+        return self.key == chunk_key(self.parent_key, self.ids, self.extras)
 
 
 @dataclass(frozen=True)
@@ -409,15 +449,18 @@ class Reader:
         require("format" in {name for _, name, _, _ in found}, "no table format")
         rows = self._rows("SELECT version, min_reader FROM format")
         require(len(rows) == 1 and rows[0][0] == version, "the row of format")
-        require(version == VERSION or rows[0][1] <= VERSION, "a newer format")
+        require(version <= VERSION or rows[0][1] <= VERSION, "a newer format")
+        schema = SCHEMA_SQL[min(version, VERSION)]
         expected_in = sqlite3.connect(":memory:")
-        expected_in.executescript(SCHEMA_SQL.read_text(encoding="utf-8"))
+        expected_in.executescript(schema.read_text(encoding="utf-8"))
         expected = objects(expected_in)
         expected_in.close()
         require(expected <= found, "something is missing in the schema")
         added = {kind for kind, *_ in found - expected}
         allowed = {"table", "index"} if version > VERSION else set()
         require(added <= allowed, "something was added to the schema")
+        # A file of version 1 is as one whose extras are all empty.
+        self._extras = "x''" if version == 1 else "extras"
 
     # -- sessions
 
@@ -462,16 +505,35 @@ class Reader:
             ids += ids_of(tokens)
         return ids
 
+    def lineage(self, session: Session) -> Lineage:
+        """The edits on the path from the session's head to the root."""
+        edits: Lineage = ()
+        chunk_id, stop = session.head_id, None
+        while chunk_id is not None:
+            found = self._chunks("WHERE id = ?", chunk_id)
+            require(found, "a chunk on the path is missing")
+            # Each ends where the one behind it starts: there is an end to the path.
+            require(stop in {None, found[0].stop}, "the parent is not the chunk before")
+            edits = found[0].edits + edits
+            chunk_id, stop = found[0].parent_id, found[0].start
+        return edits
+
     def restore(self, session: Session, limit: int | None = None) -> Restored:
-        """The longest prefix of the session's tokens that every tensor can serve.
+        """The longest prefix of the session's tokens and edits that every tensor can serve.
 
         At most ``limit`` tokens: one less than the prompt has, or all of it where
         the layout has the last logits.
         """
-        layout = session.layout
-        ids = session.tokens[:limit]
+        return self.look_up(session, session.tokens[:limit], self.lineage(session))
+
+    def look_up(self, session: Session, ids: list[int], lineage: Lineage = ()) -> Restored:
+        """The longest prefix of ``ids`` with that lineage that every tensor can serve.
+
+        Whosever it is, in the model and the key space of ``session``.
+        """
+        layout, size = session.layout, session.chunk_n_tokens
         stored: list[dict[int, bytes]] = [{} for _ in layout]
-        for chunk, stop in self.longest_prefix(session.root, session.chunk_n_tokens, ids):
+        for chunk, stop in self.longest_prefix(session.root, size, ids, lineage):
             for index, slots in enumerate(self.slots(chunk, stop, layout)):
                 stored[index].update(slots)
         n_tokens = len(ids)
@@ -492,7 +554,7 @@ class Reader:
     # -- chunks
 
     def _chunks(self, where: str, *values: Any) -> list[Chunk]:
-        columns = ", ".join(Chunk.__dataclass_fields__)
+        columns = ", ".join(Chunk.__dataclass_fields__).replace("extras", self._extras)
         return [
             self._checked(Chunk(*row))
             for row in self._rows(f"SELECT {columns} FROM chunks {where}", *values)
@@ -502,7 +564,7 @@ class Reader:
     def _checked(chunk: Chunk) -> Chunk:
         integers = (chunk.id, chunk.start, chunk.stop, chunk.base_n_tokens)
         require(all(type(number) is int for number in integers), "chunk: a type")
-        texts = (chunk.key, chunk.parent_key, chunk.tokens)
+        texts = (chunk.key, chunk.parent_key, chunk.tokens, chunk.extras)
         require(all(type(data) is bytes for data in texts), "chunk: a type")
         require(len(chunk.key) == len(chunk.parent_key) == 32, "chunk: a key's length")
         require(0 <= chunk.start < chunk.stop, "chunk: range")
@@ -510,44 +572,56 @@ class Reader:
         require(len(chunk.tokens) == 8 * n_tokens, "chunk: number of tokens")
         require(0 <= chunk.base_n_tokens <= n_tokens, "chunk: base_n_tokens")
         require((chunk.base_id is None) == (chunk.base_n_tokens == 0), "chunk: base")
+        read_extras(chunk.extras, chunk.start, chunk.stop)
         return chunk
 
     def longest_prefix(
-        self, root: bytes, chunk_n_tokens: int, ids: list[int]
+        self, root: bytes, chunk_n_tokens: int, ids: list[int], lineage: Lineage
     ) -> Iterator[tuple[Chunk, int]]:
         """Chunks in token order, each with the position up to which it matches."""
         parent, position = root, 0
         while position + chunk_n_tokens <= len(ids):
-            wanted = ids[position : position + chunk_n_tokens]
-            key = chunk_key(parent, wanted)
+            stop = position + chunk_n_tokens
+            wanted = ids[position:stop]
+            key = chunk_key(parent, wanted, extras_of(lineage, position, stop))
             found = self._chunks("WHERE key = ?", key)
             if not found or found[0].start != position or found[0].ids != wanted:
                 break
-            position += chunk_n_tokens
+            position = stop
             yield found[0], position
             parent = key
-        rest = ids[position : position + chunk_n_tokens]
-        if not rest:
-            return
-        packed = struct.pack(f">{len(rest)}Q", *rest)
+        stop = min(position + chunk_n_tokens, len(ids))
+        edits = [edit for edit, _ in lineage if position <= edit < stop]
         best: tuple[int, Chunk] | None = None
-        for condition, order in (("<=", "DESC"), (">", "ASC")):
+        # Without extras, then with those of the first edit, of the first two, ...
+        for known, end in zip(
+            [position, *(edit + 1 for edit in edits)], [*edits, stop], strict=True
+        ):
+            extras = extras_of(lineage, position, known)
+            for chunk, common in self._neighbours(parent, position, ids[position:end], extras):
+                if common > (best[0] if best else 0):
+                    best = common, chunk
+        if best is not None:
+            yield best[1], position + best[0]
+
+    def _neighbours(
+        self, parent: bytes, position: int, rest: list[int], extras: bytes
+    ) -> Iterator[tuple[Chunk, int]]:
+        """The chunks beside ``rest`` in the order of tokens, and how many ids they share."""
+        packed = struct.pack(f">{len(rest)}Q", *rest)
+        where = f"WHERE parent_key = ? AND {self._extras} = ? AND tokens"
+        for condition, order in (("<=", "DESC"), (">", "ASC")) if rest else ():
             for chunk in self._chunks(
-                f"WHERE parent_key = ? AND tokens {condition} ? ORDER BY tokens {order} LIMIT 1",
-                parent,
-                packed,
+                f"{where} {condition} ? ORDER BY tokens {order} LIMIT 1", parent, extras, packed
             ):
-                if chunk.key != chunk_key(parent, chunk.ids) or chunk.start != position:
+                if not chunk.has_its_key or chunk.start != position:
                     continue
                 common = 0
                 for mine, theirs in zip(rest, chunk.ids, strict=False):
                     if mine != theirs:
                         break
                     common += 1
-                if common > (best[0] if best else 0):
-                    best = common, chunk
-        if best is not None:
-            yield best[1], position + best[0]
+                yield chunk, common
 
     def slots(self, chunk: Chunk, limit: int, layout: list[Tensor]) -> list[dict[int, bytes]]:
         """The slots that are stored of ``[chunk.start, limit)``, of each tensor by position."""
@@ -574,7 +648,10 @@ class Reader:
         require(base.space_id == chunk.space_id, "the base is in another space")
         require(base.start == chunk.start, "the base starts elsewhere")
         require(base.tokens[: 8 * n_tokens] == chunk.tokens[: 8 * n_tokens], "the base's tokens")
-        require(base.key == chunk_key(base.parent_key, base.ids), "the base's key")
+        require(base.has_its_key, "the base's key")
+        edits, limit = (base.edits, chunk.edits), chunk.start + n_tokens
+        shared = [[edit for edit in some if edit[0] < limit] for some in edits]
+        require(shared[0] == shared[1], "the base has other edits")
         require(base.base_n_tokens < n_tokens, "bases that do not borrow less")
         return base
 
@@ -643,7 +720,7 @@ class Reader:
             self._verify_head(session)
 
     def _verify_chunk(self, chunk: Chunk, root: bytes, size: int, layout: list[Tensor]) -> None:
-        require(chunk.key == chunk_key(chunk.parent_key, chunk.ids), "a chunk's key")
+        require(chunk.has_its_key, "a chunk's key")
         require(chunk.start % size == 0 and chunk.stop - chunk.start <= size, "a chunk's slice")
         if chunk.parent_id is None:
             require(chunk.start == 0 and chunk.parent_key == root, "a first chunk's parent")
@@ -668,10 +745,11 @@ class Reader:
         head = self._chunks("WHERE id = ?", session.head_id)[0]
         require(head.space_id == session.space_id, "the head is in another space")
         require(head.stop <= session.n_tokens, "the head is behind the session's end")
-        parent = session.root
-        for start in range(0, head.start, session.chunk_n_tokens):
-            parent = chunk_key(parent, session.tokens[start : start + session.chunk_n_tokens])
-        key = chunk_key(parent, session.tokens[head.start : head.stop])
+        lineage = self.lineage(session)
+        key, starts = session.root, range(0, head.stop, session.chunk_n_tokens)
+        for start in starts:
+            stop = min(start + session.chunk_n_tokens, head.stop)
+            key = chunk_key(key, session.tokens[start:stop], extras_of(lineage, start, stop))
         require(key == head.key, "the head holds other tokens than the session")
 
 
@@ -686,6 +764,8 @@ def main(paths: list[str]) -> int:
                         f"{session.namespace!r} {session.name!r}: {restored.n_tokens} of "
                         f"{session.n_tokens} tokens, model {session.model.hex()[:12]}"
                     )
+                    for position, digest in reader.lineage(session):
+                        print(f"  edited from token {position} on: {digest.hex()}")
                     for tensor, data in zip(session.layout, restored.tensors, strict=True):
                         print(f"  {hashlib.sha256(data).hexdigest()}  {tensor.name}")
         except Refused as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,7 +37,7 @@ from hypothesis import strategies as st
 from independent_reader import Reader, Refused
 
 import kvstore
-from kvstore import Kind, codec, errors
+from kvstore import Edit, Kind, codec, errors
 from kvstore._bundle import migrations_dir, schemas_dir
 from kvstore.checksum import blob_checksum
 from kvstore.db import engine as db
@@ -44,24 +45,58 @@ from kvstore.db import tables
 from kvstore.db.migrate import upgrade
 from kvstore.errors import CorruptStoreError, KVStoreError, MetadataError
 from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, Fingerprint, Layout, TensorSpec
+from kvstore.lineage import before, pack_extras, unpack_extras
 from kvstore.manifest import pack_manifest, pack_metadata, unpack_manifest, unpack_metadata
 from kvstore.prefix import chunk_key, root_key
 from kvstore.tokens import from_big_endian, to_big_endian
 
 SCHEMAS = schemas_dir()
-VECTORS = SCHEMAS / "vectors" / "v1"
+VECTORS = SCHEMAS / "vectors"
 GOLDEN = Path(__file__).with_name("golden")
-DATABASES = VECTORS / "databases"
-REJECTED = json.loads((DATABASES / "rejected" / "expected.json").read_text(encoding="utf-8"))
-KEYS = json.loads((VECTORS / "keys.json").read_text(encoding="utf-8"))
-BLOBS = json.loads((VECTORS / "blobs.json").read_text(encoding="utf-8"))
+SMALL = VECTORS / "v2" / "databases" / "accepted" / "small.db.zst"
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+KEYS = read_json(VECTORS / "v1" / "keys.json")
+EXTRAS = read_json(VECTORS / "v2" / "keys.json")
+BLOBS = read_json(VECTORS / "v1" / "blobs.json")
+REJECTED = {
+    (version, name): expected
+    for version in ("v1", "v2")
+    for name, expected in read_json(
+        VECTORS / version / "databases" / "rejected" / "expected.json"
+    ).items()
+}
 FORMAT_MD = (SCHEMAS / "FORMAT.md").read_text(encoding="utf-8")
 CHUNK_N_TOKENS = 32  # of the database vectors, unless they say otherwise
 
 
+# Vectors of version 1 that only a reader of version 1 takes for newer: they say that they are of
+# version 2, whose schema they do not have.
+ONCE_NEWER = {
+    "newer_readable",
+    "newer_readable_with_trigger",
+    "newer_version",
+    "newer_version_without_its_row",
+}
+
+
 def files(pattern):
-    found = sorted(VECTORS.glob(pattern))
-    return [pytest.param(path, id=path.name.split(".")[0]) for path in found]
+    """The vectors of all versions, but for those that ``ONCE_NEWER`` names."""
+    found = sorted(VECTORS.glob(f"v*/{pattern}"))
+    ids = [f"{path.relative_to(VECTORS).parts[0]}-{path.name.split('.')[0]}" for path in found]
+    return [
+        pytest.param(path, id=name)
+        for path, name in zip(found, ids, strict=True)
+        if name not in {f"v1-{one}" for one in ONCE_NEWER}
+    ]
+
+
+def description(packed: Path):
+    return read_json(packed.with_name(packed.name.replace(".db.zst", ".json")))
 
 
 def unpacked(packed: Path, folder: Path) -> Path:
@@ -84,6 +119,12 @@ def cache_for(path: Path, session) -> BytesCache:
     return cache
 
 
+def lineage_of(session) -> tuple[Edit, ...]:
+    """The session's edits; a description of version 1 knows none."""
+    edits = session.get("edits", [])
+    return tuple(Edit(edit["start"], bytes.fromhex(edit["digest"])) for edit in edits)
+
+
 def check_against_description(path: Path, described) -> None:
     """Everything that the description says can be loaded, and nothing else is there."""
     with kvstore.open(path, read_only=True) as store:
@@ -91,7 +132,7 @@ def check_against_description(path: Path, described) -> None:
         names = {(info.namespace, info.name) for info in store.sessions(all_namespaces=True)}
     assert names == {(one["namespace"], one["name"]) for one in described["sessions"]}
     for session in described["sessions"]:
-        cache = cache_for(path, session)
+        cache, lineage = cache_for(path, session), lineage_of(session)
         with kvstore.open(
             path,
             read_only=True,
@@ -101,14 +142,22 @@ def check_against_description(path: Path, described) -> None:
             by_name = store.load_session(cache, name=session["name"])
             assert list(by_name.tokens) == session["tokens"]
             assert by_name.metadata == unpack_metadata(bytes.fromhex(session["metadata"]))
+            assert by_name.edits == cache.edits == before(lineage, by_name.n_tokens)
             # One more id, so that the last one may be restored too.
-            hit = store.load_session(cache, [*session["tokens"], 2**62])
+            hit = store.load_session(cache, [*session["tokens"], 2**62], edits=lineage)
             check_restored(session, cache, hit.n_tokens, restorable(session)[-1])
             for limit, n_tokens in enumerate(session.get("restored_n_tokens", []), start=1):
                 cache.truncate(0)
                 ids = session["tokens"][:limit]
-                hit = store.load_session(cache, ids if has_logits(cache) else [*ids, 2**62])
+                ids = ids if has_logits(cache) else [*ids, 2**62]
+                hit = store.load_session(cache, ids, edits=lineage)
                 check_restored(session, cache, hit.n_tokens, n_tokens)
+            if lineage:
+                hit = store.load_session(cache, [*session["tokens"], 2**62])
+                assert hit.edits == cache.edits == ()
+                exact = {**session, **session["exact"], "edits": []}
+                exact["n_stored_tokens"] = exact["n_tokens"]
+                check_restored(exact, cache, hit.n_tokens, exact["n_tokens"])
 
 
 def restorable(session) -> list[int]:
@@ -133,6 +182,7 @@ def check_restored(session, cache: BytesCache, n_tokens: int, expected_n_tokens:
     """The cache holds so many tokens, and what the description says of that many."""
     assert n_tokens == expected_n_tokens == len(cache.tokens)
     assert list(cache.tokens) == session["tokens"][:n_tokens]
+    assert cache.edits == before(lineage_of(session), n_tokens)
     tensors = expected_tensors(session, n_tokens)
     for index, expected in enumerate(tensors or ()):
         restored = visible(cache, index)
@@ -194,7 +244,7 @@ def test_root_keys_are_those_of_the_vectors(vector):
     assert independent_reader.root_key(model, size, namespace, adapter) == key
 
 
-@pytest.mark.parametrize("vector", KEYS["chunk_keys"])
+@pytest.mark.parametrize("vector", KEYS["chunk_keys"] + EXTRAS["chunk_keys"])
 def test_chunk_keys_and_token_columns_are_those_of_the_vectors(vector):
     parent, extras = bytes.fromhex(vector["parent"]), bytes.fromhex(vector["extras"])
     ids = array("Q", vector["tokens"])
@@ -202,6 +252,26 @@ def test_chunk_keys_and_token_columns_are_those_of_the_vectors(vector):
     assert independent_reader.chunk_key(parent, vector["tokens"], extras).hex() == vector["key"]
     assert to_big_endian(ids).hex() == vector["tokens_column"]
     assert from_big_endian(bytes.fromhex(vector["tokens_column"])) == ids
+
+
+@pytest.mark.parametrize("vector", EXTRAS["chunk_keys"])
+def test_extras_are_those_of_the_vectors(vector):
+    start, stop = vector["start"], vector["start"] + len(vector["tokens"])
+    extras, lineage = bytes.fromhex(vector["extras"]), lineage_of(vector)
+    inside = tuple(edit for edit in lineage if start <= edit.start < stop)
+    assert pack_extras(lineage, start, stop) == extras
+    assert unpack_extras(extras, start, stop) == inside
+    assert independent_reader.extras_of(as_pairs(lineage), start, stop) == extras
+    assert independent_reader.read_extras(extras, start, stop) == as_pairs(inside)
+
+
+@pytest.mark.parametrize("vector", EXTRAS["rejected_extras"], ids=lambda vector: vector["name"])
+def test_rejected_extras_are_refused_by_both_readers(vector):
+    row = (bytes.fromhex(vector["extras"]), vector["start"], vector["stop"])
+    with pytest.raises(errors.InputError):
+        unpack_extras(*row)
+    with pytest.raises(Refused):
+        independent_reader.read_extras(*row)
 
 
 @pytest.mark.parametrize("vector", KEYS["checksums"])
@@ -225,7 +295,7 @@ def test_the_documents_example_is_what_the_vectors_say():
         KEYS["checksums"][0]["checksum"],
     ):
         assert value in example
-    manifest = (VECTORS / "manifests" / "accepted" / "example.msgpack").read_bytes()
+    manifest = (VECTORS / "v1" / "manifests" / "accepted" / "example.msgpack").read_bytes()
     assert f"{len(manifest)} bytes" in example
     assert manifest[:25].hex(" ") in example
 
@@ -465,25 +535,42 @@ def test_rejected_blobs_are_refused_by_both_readers(vector):
 
 @pytest.mark.parametrize("packed", files("databases/accepted/*.zst"))
 def test_accepted_files_load_as_described(packed, tmp_path):
-    described = json.loads(packed.with_name(packed.name.replace(".db.zst", ".json")).read_text())
     path = unpacked(packed, tmp_path)
-    before = path.read_bytes()
-    check_against_description(path, described)
-    assert path.read_bytes() == before
+    before_loads = path.read_bytes()
+    check_against_description(path, description(packed))
+    assert path.read_bytes() == before_loads
 
 
 @pytest.mark.parametrize("packed", files("databases/accepted/*.zst"))
 def test_the_second_reader_restores_accepted_files_as_described(packed, tmp_path):
-    described = json.loads(packed.with_name(packed.name.replace(".db.zst", ".json")).read_text())
-    with Reader(unpacked(packed, tmp_path)) as reader:
+    check_second_reader(unpacked(packed, tmp_path), description(packed))
+
+
+@pytest.mark.parametrize(
+    "packed", [one for one in files("databases/accepted/*.zst") if one.id.startswith("v1-")]
+)
+def test_accepted_files_of_version_1_hold_the_same_after_an_upgrade(packed, tmp_path):
+    path = unpacked(packed, tmp_path)
+    kvstore.open(path).close()
+    (version,), _ = content(path)
+    assert version == 2
+    check_against_description(path, description(packed))
+    check_second_reader(path, description(packed))
+
+
+def check_second_reader(path, described):
+    """The second reader restores what the description says."""
+    with Reader(path) as reader:
         reader.verify()
         sessions = reader.sessions()
         assert len(sessions) == len(described["sessions"])
         for session, expected in zip(sessions, described["sessions"], strict=True):
+            lineage = as_pairs(lineage_of(expected))
             assert (session.namespace, session.name) == (expected["namespace"], expected["name"])
             assert session.tokens == expected["tokens"]
             assert session.model.hex() == expected["model"]
             assert session.metadata == unpack_metadata(bytes.fromhex(expected["metadata"]))
+            assert reader.lineage(session) == lineage
             n_restored = restorable(expected)
             limits = range(1, len(n_restored) + 1) if len(n_restored) > 1 else [len(session.tokens)]
             for limit, n_tokens in zip(limits, n_restored, strict=True):
@@ -494,50 +581,126 @@ def test_the_second_reader_restores_accepted_files_as_described(packed, tmp_path
                     restored.tensors, tensors or (), strict=tensors is not None
                 ):
                     assert hashlib.sha256(data).hexdigest() == tensor["sha256"]
+            if lineage:
+                exact = reader.look_up(session, session.tokens)
+                assert exact.n_tokens == expected["exact"]["n_tokens"]
+                for data, tensor in zip(exact.tensors, expected["exact"]["tensors"], strict=True):
+                    assert hashlib.sha256(data).hexdigest() == tensor["sha256"]
 
 
-def test_every_rejected_file_has_an_expectation():
-    names = {path.name.removesuffix(".db.zst") for path in (DATABASES / "rejected").glob("*.zst")}
-    assert names == set(REJECTED)
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_every_rejected_file_has_an_expectation(version):
+    found = (VECTORS / version / "databases" / "rejected").glob("*.zst")
+    assert {(version, path.name.removesuffix(".db.zst")) for path in found} == {
+        one for one in REJECTED if one[0] == version
+    }
 
 
-@pytest.mark.parametrize("name", sorted(REJECTED))
-def test_rejected_files_are_refused_as_expected(name, tmp_path):
-    expected = REJECTED[name]
-    path = unpacked(DATABASES / "rejected" / f"{name}.db.zst", tmp_path)
-    before = path.read_bytes()
-    if expected["found_by"] == "opening":
-        with pytest.raises(getattr(errors, expected["error"])) as caught:
-            kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS)
-        assert type(caught.value).__name__ == expected["error"]
-        assert path.read_bytes() == before
-        return
-    base = DATABASES / "accepted" / f"{expected.get('base', 'small')}.db.zst"
-    described = json.loads(base.with_name(base.name.replace(".db.zst", ".json")).read_text())
-    wanted = expected.get("session", "a")
-    session = next(one for one in described["sessions"] if one["name"] == wanted)
-    cache = cache_for(unpacked(base, tmp_path), session)
-    with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
-        assert not store.verify().ok
-        hit = store.load_session(cache, [*session["tokens"], 0])
-    assert hit.n_tokens == expected["n_tokens"] == len(cache.tokens)
-    # Whatever was restored is what was saved: a damaged file never gives other bytes.
+def rejected(found_by):
+    """The rejected files that are found by ``found_by``, with their expectations."""
+    return [
+        pytest.param(packed, REJECTED[version, name], id=one.id)
+        for one in files("databases/rejected/*.zst")
+        for packed, (version, name) in [(one.values[0], one.id.split("-"))]
+        if REJECTED[version, name]["found_by"] == found_by
+    ]
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["writable", "read-only"])
+@pytest.mark.parametrize(("packed", "expected"), rejected("opening"))
+def test_rejected_files_are_refused_when_they_are_opened(packed, expected, read_only, tmp_path):
+    check_refused(unpacked(packed, tmp_path), expected["error"], read_only=read_only)
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["writable", "read-only"])
+@pytest.mark.parametrize("name", sorted(ONCE_NEWER))
+def test_what_was_newer_than_version_1_is_refused(name, read_only, tmp_path):
+    (packed,) = VECTORS.glob(f"v1/databases/*/{name}.db.zst")
+    path = unpacked(packed, tmp_path)
+    check_refused(path, "SchemaMismatchError", read_only=read_only)
+    with pytest.raises(Refused):
+        Reader(path)
+
+
+def check_refused(path, error, *, read_only):
+    before_opening = path.read_bytes()
+    with pytest.raises(getattr(errors, error)) as caught:
+        kvstore.open(path, read_only=read_only, chunk_n_tokens=CHUNK_N_TOKENS)
+    assert type(caught.value).__name__ == error
+    assert path.read_bytes() == before_opening
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["writable", "read-only"])
+@pytest.mark.parametrize(("packed", "expected"), rejected("content"))
+def test_rejected_files_give_nothing_that_was_not_saved(packed, expected, read_only, tmp_path):
+    """Read as they are, and (those of version 1) after an upgrade."""
+    path = unpacked(packed, tmp_path)
+    accepted = packed.parents[1] / "accepted" / f"{expected.get('base', 'small')}.db.zst"
+    name = expected.get("session", "a")
+    (session,) = (one for one in description(accepted)["sessions"] if one["name"] == name)
+    before_loads = path.read_bytes()
+    wanted = [(session, lineage_of(session), expected["n_tokens"])]
+    if lineage_of(session):
+        wanted.append((session["exact"], (), expected["exact_n_tokens"]))
+    for described, lineage, n_tokens in wanted:
+        cache = cache_for(unpacked(accepted, tmp_path), session)
+        with kvstore.open(path, read_only=read_only, chunk_n_tokens=CHUNK_N_TOKENS) as store:
+            assert not store.verify().ok
+            hit = store.load_session(cache, [*session["tokens"], 0], edits=lineage)
+            assert hit.n_tokens == n_tokens == len(cache.tokens)
+            check_beginning(cache, described)
     if not cache.layout.is_full:
         assert hit.n_tokens == 0  # nothing before the damage is worth anything
+    if read_only:
+        assert path.read_bytes() == before_loads
+
+
+@pytest.mark.parametrize(("packed", "expected"), rejected("content"))
+def test_a_session_in_a_rejected_file_is_an_error_or_what_was_saved(packed, expected, tmp_path):
+    path = unpacked(packed, tmp_path)
+    accepted = packed.parents[1] / "accepted" / f"{expected.get('base', 'small')}.db.zst"
+    good = unpacked(accepted, tmp_path)
+    for session in description(accepted)["sessions"]:
+        cache = cache_for(good, session)
+        with kvstore.open(path, read_only=True, chunk_n_tokens=CHUNK_N_TOKENS) as store:
+            with contextlib.suppress(errors.StoreError, errors.SessionError):
+                store.load_session(cache, name=session["name"])
+            if cache.edits == before(lineage_of(session), len(cache.tokens)):
+                check_beginning(cache, session)
+            else:
+                assert not cache.edits
+                check_beginning(cache, session["exact"])
+
+
+def check_beginning(cache, described):
+    """Whatever is in a cache of full tensors is the beginning of what was saved."""
+    for tensor, slots in zip(described["tensors"], cache.used(), strict=cache.layout.is_full):
+        if cache.layout.is_full:
+            assert tensor["bytes"].startswith(b"".join(slots).hex())
+
+
+@pytest.mark.parametrize(("packed", "expected"), rejected("opening") + rejected("content"))
+def test_the_second_reader_refuses_rejected_files(packed, expected, tmp_path):
+    path = unpacked(packed, tmp_path)
+    if expected["found_by"] == "opening":
+        with pytest.raises(Refused):
+            Reader(path)
         return
-    for tensor, slots in zip(session["tensors"], cache.used(), strict=True):
-        assert tensor["bytes"].startswith(b"".join(slots).hex())
-
-
-@pytest.mark.parametrize("name", sorted(REJECTED))
-def test_the_second_reader_refuses_rejected_files(name, tmp_path):
-    path = unpacked(DATABASES / "rejected" / f"{name}.db.zst", tmp_path)
-    with pytest.raises(Refused), Reader(path) as reader:
+    with Reader(path) as reader, pytest.raises(Refused):
         reader.verify()
 
 
+def test_the_second_reader_follows_parents_to_an_end(tmp_path):
+    packed = VECTORS / "v2" / "databases" / "rejected" / "parent_is_itself.db.zst"
+    with Reader(unpacked(packed, tmp_path)) as reader:
+        (session,) = (one for one in reader.sessions() if one.name == "edited")
+        with pytest.raises(Refused, match="not the chunk before"):
+            reader.restore(session)
+
+
 def test_the_second_reader_works_as_a_script(tmp_path):
-    path = unpacked(DATABASES / "accepted" / "small.db.zst", tmp_path)
+    path = unpacked(SMALL, tmp_path)
     done = subprocess.run(
         [sys.executable, independent_reader.__file__, str(path)],
         capture_output=True,
@@ -545,10 +708,11 @@ def test_the_second_reader_works_as_a_script(tmp_path):
         check=True,
     )
     assert "'' 'a': 55 of 55 tokens" in done.stdout
-    described = json.loads((DATABASES / "accepted" / "small.json").read_text(encoding="utf-8"))
-    for session in described["sessions"]:
+    for session in description(SMALL)["sessions"]:
         for tensor in session["tensors"]:
             assert tensor["sha256"] in done.stdout
+        for edit in session["edits"]:
+            assert f"edited from token {edit['start']} on: {edit['digest']}" in done.stdout
 
 
 def test_the_second_reader_imports_nothing_of_kvstore():
@@ -563,6 +727,7 @@ TURNS = st.lists(
         st.sampled_from(["a", "b", "c", None]),
         st.lists(st.tuples(st.integers(0, 2), st.integers(1, 45)), min_size=1, max_size=3),
         st.sampled_from(["save", "save", "go on", "go on", "save fewer", "delete", "prune"]),
+        st.none() | st.tuples(st.integers(0, 60), st.sampled_from("xy")),
     ),
     min_size=1,
     max_size=6,
@@ -617,8 +782,12 @@ def test_both_readers_agree_on_many_stores(turns, one, chunk_n_tokens, checkpoin
 
 
 def play(store, one, turns):
-    """Saves (computed afresh, or on top of a load; of all tokens or of fewer) and deletions."""
-    for name, runs, action in turns:
+    """Saves (computed afresh, or on top of a load; of all tokens or of fewer) and deletions.
+
+    Between the runs of tokens some caches are edited. Returns the edits of each session.
+    """
+    edits = {}
+    for name, runs, action, edit in turns:
         names = {info.name for info in store.sessions()}
         if action == "delete" and name in names:
             store.delete_session(name)
@@ -628,12 +797,16 @@ def play(store, one, turns):
             ids = [token for token, n_tokens in runs for _ in range(n_tokens)]
             cache = BytesCache(one)
             if action == "go on":
-                hit = store.load_session(cache, ids)
-                cache.compute(ids[hit.n_tokens :])
-            else:
-                cache.compute(ids)
+                store.load_session(cache, ids, edits=edits.get(name, ()))
+            if edit is not None:
+                n_tokens = max(len(cache.tokens), runs[0][1])
+                cache.compute(ids[len(cache.tokens) : n_tokens])
+                cache.edit(edit[0] % n_tokens, edit[1])
+            cache.compute(ids[len(cache.tokens) :])
             fewer = len(ids) - len(ids) // 4 if action == "save fewer" else len(ids)
             store.save_session(cache, ids[:fewer], name=name)
+            edits[name] = before(cache.edits, fewer)
+    return edits
 
 
 def check_both_readers(turns, one, chunk_n_tokens, checkpoint_n_tokens):
@@ -643,30 +816,44 @@ def check_both_readers(turns, one, chunk_n_tokens, checkpoint_n_tokens):
         with kvstore.open(
             path, chunk_n_tokens=chunk_n_tokens, checkpoint_n_tokens=checkpoint_n_tokens
         ) as store:
-            play(store, one, turns)
+            edits = play(store, one, turns)
             assert store.verify().problems == ()
             cache = BytesCache(one)
             with Reader(path) as reader:
                 reader.verify()
                 sessions = reader.sessions()
-                assert {session.name for session in sessions} == {
-                    info.name for info in store.sessions()
-                }
+                n_stored = {info.name: info.n_stored_tokens for info in store.sessions()}
+                assert {session.name for session in sessions} == n_stored.keys()
                 for session in sessions:
+                    # Those behind what is stored went with it.
+                    lineage = before(edits[session.name], n_stored[session.name])
+                    assert reader.lineage(session) == as_pairs(lineage)
                     n_tokens = session.n_tokens
                     for limit in {n_tokens, n_tokens - 1, n_tokens * 2 // 3, n_tokens // 3} - {0}:
-                        restored = reader.restore(session, limit)
                         ids = session.tokens[:limit]
-                        cache.truncate(0)
-                        hit = store.load_session(cache, ids if has_logits(cache) else [*ids, 9])
-                        assert hit.n_tokens == restored.n_tokens
-                        assert hit.has_logits == (has_logits(cache) and hit.n_tokens == limit)
-                        assert cache.wrong() == []
-                        for index, (content, memory) in enumerate(
-                            zip(restored.tensors, restored.planned, strict=True)
-                        ):
-                            assert content == visible(cache, index)
-                            assert memory == planned(cache, index)
+                        restored = reader.restore(session, limit)
+                        check_both_restored(store, cache, ids, lineage, restored)
+                        if lineage:
+                            exact = reader.look_up(session, ids)
+                            check_both_restored(store, cache, ids, (), exact)
+
+
+def as_pairs(lineage):
+    """A lineage as the second reader has it."""
+    return tuple((edit.start, edit.digest) for edit in lineage)
+
+
+def check_both_restored(store, cache, ids, lineage, restored):
+    """A load of ``ids`` and ``lineage`` gives what the second reader found."""
+    cache.truncate(0)
+    hit = store.load_session(cache, ids if has_logits(cache) else [*ids, 9], edits=lineage)
+    assert hit.n_tokens == restored.n_tokens
+    assert hit.has_logits == (has_logits(cache) and hit.n_tokens == len(ids))
+    assert hit.edits == cache.edits == before(lineage, hit.n_tokens)
+    assert cache.wrong() == []
+    for index, (found, memory) in enumerate(zip(restored.tensors, restored.planned, strict=True)):
+        assert found == visible(cache, index)
+        assert memory == planned(cache, index)
 
 
 # ---------------------------------------------------------------- migrations and golden files
@@ -729,13 +916,13 @@ def test_a_new_file_has_the_header_that_the_document_states(tmp_path):
     connection.close()
     assert header == {
         "application_id": 0x6B767331,
-        "user_version": 1,
+        "user_version": 2,
         "page_size": 16384,
         "auto_vacuum": 2,
         "journal_mode": "wal",
         "encoding": "UTF-8",
     }
-    assert rows == [(1, 1, 1, 1)]
+    assert rows == [(1, 2, 2, 2)]
 
 
 @pytest.fixture
@@ -746,9 +933,9 @@ def later_migrations(tmp_path):
 
     def add(*statements):
         lines = "".join(f"    op.execute({statement!r})\n" for statement in statements)
-        (scripts / "versions" / "0002_more.py").write_text(
+        (scripts / "versions" / "0003_more.py").write_text(
             "from alembic import op\n\n"
-            'revision = "0002"\ndown_revision = "0001"\n\n\n'
+            'revision = "0003"\ndown_revision = "0002"\n\n\n'
             f"def upgrade():\n{lines}",
             encoding="utf-8",
         )
@@ -775,40 +962,40 @@ def content(path):
 
 
 def test_a_migration_that_fails_half_way_changes_nothing(later_migrations, tmp_path):
-    path = unpacked(GOLDEN / "v1.db.zst", tmp_path)
-    before, objects_before = content(path), schema_objects(path)
+    path = unpacked(GOLDEN / "v2.db.zst", tmp_path)
+    content_before, objects_before = content(path), schema_objects(path)
     scripts = later_migrations(
         "CREATE TABLE more (id INTEGER NOT NULL PRIMARY KEY)",
         "INSERT INTO more (id) VALUES (1)",
         "DROP INDEX chunks_by_space",
-        "UPDATE format SET version = 2",
-        "PRAGMA user_version = 2",
+        "UPDATE format SET version = 3",
+        "PRAGMA user_version = 3",
         "INSERT INTO no_such_table VALUES (1)",
     )
     with pytest.raises(sa.exc.OperationalError, match="no_such_table"):
         run_upgrade(path, scripts)
-    assert content(path) == before
+    assert content(path) == content_before
     assert schema_objects(path) == objects_before
     with kvstore.open(path) as store:
         assert store.verify().ok
 
 
 def test_a_later_migration_upgrades_and_this_version_then_only_reads(later_migrations, tmp_path):
-    path = unpacked(GOLDEN / "v1.db.zst", tmp_path)
+    path = unpacked(GOLDEN / "v2.db.zst", tmp_path)
     run_upgrade(
         path,
         later_migrations(
             "CREATE TABLE more (id INTEGER NOT NULL PRIMARY KEY)",
-            "UPDATE format SET version = 2",
-            "PRAGMA user_version = 2",
+            "UPDATE format SET version = 3",
+            "PRAGMA user_version = 3",
         ),
     )
     (version,), _ = content(path)
-    assert version == 2
+    assert version == 3
     connection = sqlite3.connect(path)
-    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
+    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0003",)]
     connection.close()
-    check_against_description(path, json.loads((GOLDEN / "v1.json").read_text(encoding="utf-8")))
+    check_against_description(path, description(GOLDEN / "v2.db.zst"))
     with kvstore.open(path) as store:
         assert store.read_only
         assert store.verify().ok
@@ -816,8 +1003,9 @@ def test_a_later_migration_upgrades_and_this_version_then_only_reads(later_migra
 
 @pytest.mark.parametrize("packed", sorted(GOLDEN.glob("*.zst")), ids=lambda path: path.name)
 def test_golden_files_open_load_and_can_be_saved_into(packed, tmp_path):
-    described = json.loads(packed.with_name(packed.name.replace(".db.zst", ".json")).read_text())
+    described = description(packed)
     path = unpacked(packed, tmp_path)
+    check_against_description(path, described)
     kvstore.open(path).close()  # an older one is upgraded here
     check_against_description(path, described)
     for session in described["sessions"]:
@@ -825,14 +1013,21 @@ def test_golden_files_open_load_and_can_be_saved_into(packed, tmp_path):
         with kvstore.open(
             path, chunk_n_tokens=session["chunk_n_tokens"], namespace=session["namespace"]
         ) as store:
-            store.load_session(cache, [*session["tokens"], 2**62])
+            lineage = lineage_of(session)
+            store.load_session(cache, [*session["tokens"], 2**62], edits=lineage)
             cache.compute([1, 2, 3])
             saved = store.save_session(cache, cache.tokens, name="saved today")
             assert saved.n_new_tokens == 3
             other = cache_for(path, session)
-            hit = store.load_session(other, [*cache.tokens, 0])
+            hit = store.load_session(other, [*cache.tokens, 0], edits=lineage)
             assert hit.n_tokens == len(cache.tokens)
             assert other.used() == cache.used()
+            cache.edit(len(session["tokens"]), "struck")
+            store.save_session(cache, cache.tokens, name="edited today")
+            hit = store.load_session(other, [*cache.tokens, 0], edits=cache.edits)
+            assert hit.n_tokens == len(cache.tokens)
+            assert other.used() == cache.used()
+            store.delete_session("edited today")
             store.delete_session("saved today")
             assert store.verify().ok
     check_against_description(path, described)

@@ -1,13 +1,15 @@
-"""Makes the committed vectors and the golden file: ``python tests/tools/make_vectors.py``.
+"""Makes the vectors and the golden file of version 2: ``python tests/tools/make_vectors.py``.
 
 What exists is left alone: a committed vector is what other readers were written
 against, and never changes. A JSON file may gain entries; if an existing entry would
 come out differently, that is an error. Review by eye what it makes, then commit it.
+The vectors of version 1 were made by an earlier version of this script.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import sqlite3
@@ -17,12 +19,10 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import msgpack
 import zstandard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,21 +31,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from fakes import (  # noqa: E402
     BytesCache,
     checkpoint_tensors,
+    digest,
     layout,
     logits_tensor,
     naive_is_visible,
     naive_slot,
     ring_tensors,
 )
+from independent_reader import Reader  # noqa: E402
 
 import kvstore  # noqa: E402  # the checkout's own, found by the line above
-from kvstore import Fingerprint, Kind, Layout, TensorSpec  # noqa: E402
+from kvstore import Edit, Kind, Layout, TensorSpec, codec  # noqa: E402
 from kvstore.checksum import blob_checksum  # noqa: E402
-from kvstore.manifest import pack_manifest, pack_metadata  # noqa: E402
-from kvstore.prefix import chunk_key, root_key  # noqa: E402
-from kvstore.tokens import to_big_endian  # noqa: E402
+from kvstore.lineage import Lineage, pack_extras  # noqa: E402
+from kvstore.manifest import pack_metadata  # noqa: E402
+from kvstore.prefix import chunk_key  # noqa: E402
+from kvstore.tokens import from_big_endian, to_big_endian  # noqa: E402
 
-VECTORS = ROOT / "schemas" / "vectors" / "v1"
+V1 = ROOT / "schemas" / "vectors" / "v1"
+VECTORS = ROOT / "schemas" / "vectors" / "v2"
 GOLDEN = ROOT / "tests" / "golden"
 CHUNK_N_TOKENS = 32
 FIRST_MS = 1_700_000_000_000
@@ -67,9 +71,18 @@ class PatternCache(BytesCache):
         return content[:1] * len(content) if is_plain else content
 
 
-def computed(cache_layout: Layout, tokens: list[int], *, weights: str = "weights") -> PatternCache:
+def computed(
+    cache_layout: Layout,
+    tokens: list[int],
+    *edits: tuple[int, int, str],
+    weights: str = "weights",
+) -> PatternCache:
+    """A cache of ``tokens``; each edit ``(start, n_tokens, what)`` is made at that length."""
     cache = PatternCache(cache_layout, weights=weights)
-    cache.compute(tokens)
+    for start, n_tokens, what in edits:
+        cache.compute(tokens[len(cache.tokens) : n_tokens])
+        cache.edit(start, what)
+    cache.compute(tokens[len(cache.tokens) :])
     return cache
 
 
@@ -87,7 +100,7 @@ def prompt(seed: int, n_tokens: int) -> list[int]:
 @contextmanager
 def fixed_clock() -> Iterator[None]:
     """Every look at the clock is one millisecond after the one before."""
-    ticks = count(FIRST_MS)
+    ticks = itertools.count(FIRST_MS)
     tick = lambda: next(ticks)  # noqa: E731
     with mock.patch("kvstore.clock.now_ms", tick):
         yield
@@ -98,336 +111,74 @@ def with_full(*tensors: TensorSpec) -> Layout:
     return Layout(tensors=(*layout(n_layers=1).tensors, *tensors))
 
 
-EVERY_KIND_IDS = prompt(15, 80)
 RING = with_full(*ring_tensors(layer=1, window_n_tokens=8))
-SINK = Layout(tensors=ring_tensors(layer=0, window_n_tokens=8, sink_n_tokens=3, ring_n_slots=11))
 RECURRENT = with_full(*checkpoint_tensors(layer=1), logits_tensor())
-EVERY_KIND = with_full(
-    *ring_tensors(layer=1, window_n_tokens=8, sink_n_tokens=2, head_major=True),
-    *checkpoint_tensors(layer=2),
-    logits_tensor(),
-)
 
 
 # ---------------------------------------------------------------- keys.json
 
 
+def item(offset: int, what: bytes, *, kind: int = 1, nbytes: int = 32) -> bytes:
+    """An item of extras, right or wrong."""
+    return struct.pack("<BII", kind, offset, nbytes) + what
+
+
 def keys() -> dict[str, Any]:
-    """Inputs and expected digests, as hex."""
-
-    def example_tensor(role: str) -> TensorSpec:
-        return TensorSpec(
-            name=f"{role}_cache",
-            role=role,
-            layer=0,
-            kind=Kind.FULL,
-            dtype="float32",
-            shape=(1, 4, 1, 2),
-            token_axis=1,
-        )
-
-    layouts = {
-        "example": Layout(tensors=(example_tensor("k"), example_tensor("v"))),
-        "token_major_f32": layout(),
-        "head_major_f16": layout(dtype="float16", head_major=True),
-        "names_are_not_identity": Layout(
-            tensors=tuple(
-                TensorSpec(
-                    name=f"tensor {number}",
-                    role=spec.role,
-                    layer=spec.layer,
-                    kind=spec.kind,
-                    dtype=spec.dtype,
-                    shape=spec.shape,
-                    token_axis=spec.token_axis,
-                )
-                for number, spec in enumerate(layout().tensors)
-            )
-        ),
-        "ring": RING,
-        "sink": SINK,
-        "recurrent": RECURRENT,
-        "every_kind": EVERY_KIND,
+    """Inputs and expected digests, as hex; extras that are accepted, and that are not."""
+    first, second = bytes(range(32)), bytes(range(32, 64))
+    lineages = [
+        ([1, 2], 0, ()),
+        ([1, 2], 0, (Edit(0, first),)),
+        ([1, 2], 0, (Edit(1, first),)),
+        ([1, 2], 0, (Edit(1, second),)),
+        ([1, 2], 0, (Edit(0, first), Edit(1, second))),
+        ([1, 2], 2**40, (Edit(2**40 - 1, first), Edit(2**40 + 1, second), Edit(2**40 + 2, first))),
+        (list(range(256)), 256, (Edit(256, first), Edit(511, second))),
+    ]
+    one = item(1, first)
+    rejected = {
+        "cut_off_in_the_kind": one + one[:1],
+        "cut_off_in_the_offset": one[:4],
+        "cut_off_before_the_digest": one[:9],
+        "cut_off_in_the_digest": one[:-1],
+        "trailing_byte": one + b"\x00",
+        "kind_0": item(1, first, kind=0),
+        "kind_2": item(1, first, kind=2),
+        "kind_2_behind_an_edit": one + item(2, first, kind=2),
+        "digest_of_no_bytes": item(1, b"", nbytes=0),
+        "digest_of_16_bytes": item(1, first[:16], nbytes=16),
+        "digest_of_33_bytes": item(1, first + b"\x00", nbytes=33),
+        "digest_of_4_gibibytes": item(1, first, nbytes=2**32 - 1),
+        "offset_at_stop": item(4, first),
+        "offset_of_32_bits": item(2**32 - 1, first),
+        "offset_big_endian": b"\x01\x00\x00\x00\x01\x00\x00\x00\x20" + first,
+        "out_of_order": item(2, first) + item(1, second),
+        "two_at_one_offset": item(1, first) + item(1, second),
+        "the_same_twice": one + one,
+        "zeros": bytes(41),
     }
-    fingerprints = [
-        Fingerprint(weights=b"\x11" * 32, program=b"\x22" * 32, layout=layouts["example"].digest),
-        Fingerprint(weights=bytes(range(32)), program=bytes(range(32, 64)), layout=bytes(32)),
-    ]
-    roots = [
-        (model.model, size, namespace, adapter)
-        for model in fingerprints
-        for size, namespace, adapter in (
-            (2, "", b""),
-            (256, "", b""),
-            (256, "grüße", b""),
-            (65536, "a", b"\x33" * 32),
-        )
-    ]
-    example_root = root_key(fingerprints[0].model, chunk_n_tokens=2)
-    first = chunk_key(example_root, array("Q", [1, 2]))
-    chains = [
-        (example_root, [1, 2], b""),
-        (first, [3], b""),
-        (bytes(32), [0], b""),
-        (bytes(32), [2**63 - 1, 2**32, 256, 1], b""),
-        (bytes(32), list(range(256)), b""),
-        (bytes(32), [0], b"extras"),
-    ]
-    blobs = [
-        (first, 0, 0, 2, bytes(range(16))),
-        (first, 1, 0, 2, bytes(range(16))),
-        (bytes(32), 4294967295, 2**40, 2**40 + 256, bytes(4096)),
-        (bytes(range(32)), 7, 16, 32, bytes(number % 251 for number in range(1000))),
-    ]
     return {
-        "layouts": [
-            {
-                "name": name,
-                "tensors": [tensor.to_manifest() for tensor in one.tensors],
-                "digest": one.digest.hex(),
-            }
-            for name, one in layouts.items()
-        ],
-        "fingerprints": [
-            {
-                "weights": one.weights.hex(),
-                "program": one.program.hex(),
-                "layout": one.layout.hex(),
-                "model": one.model.hex(),
-            }
-            for one in fingerprints
-        ],
-        "root_keys": [
-            {
-                "model": model.hex(),
-                "chunk_n_tokens": size,
-                "namespace": namespace,
-                "adapter": adapter.hex(),
-                "key": root_key(
-                    model, chunk_n_tokens=size, namespace=namespace, adapter=adapter
-                ).hex(),
-            }
-            for model, size, namespace, adapter in roots
-        ],
         "chunk_keys": [
             {
-                "parent": parent.hex(),
+                "parent": bytes(32).hex(),
+                "start": start,
                 "tokens": ids,
                 "tokens_column": to_big_endian(array("Q", ids)).hex(),
-                "extras": extras.hex(),
-                "key": chunk_key(parent, array("Q", ids), extras=extras).hex(),
+                "edits": as_json(lineage),
+                "extras": (extras := pack_extras(lineage, start, start + len(ids))).hex(),
+                "key": chunk_key(bytes(32), array("Q", ids), extras=extras).hex(),
             }
-            for parent, ids, extras in chains
+            for ids, start, lineage in lineages
         ],
-        "checksums": [
-            {
-                "key": key.hex(),
-                "tensor": tensor,
-                "start": start,
-                "stop": stop,
-                "decoded": decoded.hex(),
-                "checksum": blob_checksum(key, tensor, start, stop, memoryview(decoded)).hex(),
-            }
-            for key, tensor, start, stop, decoded in blobs
+        "rejected_extras": [
+            {"name": name, "start": 8, "stop": 12, "extras": extras.hex()}
+            for name, extras in rejected.items()
         ],
     }
 
 
-# ---------------------------------------------------------------- msgpack
-
-
-def manifests() -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Accepted and rejected manifests, by name."""
-    example = {
-        "format": 1,
-        "tensors": [
-            {
-                "dtype": "float32",
-                "kind": "full",
-                "layer": 0,
-                "name": f"{role}_cache",
-                "role": role,
-                "shape": [1, 4, 1, 2],
-                "token_axis": 1,
-            }
-            for role in ("k", "v")
-        ],
-    }
-    accepted = {
-        "example": msgpack.packb(example),
-        "head_major_f16": pack_manifest(layout(dtype="float16", head_major=True)),
-        "int8_32_layers": pack_manifest(layout(n_layers=32, dtype="int8")),
-        "other_key_order": msgpack.packb(
-            {
-                "tensors": [dict(reversed(tensor.items())) for tensor in example["tensors"]],
-                "format": 1,
-            }
-        ),
-        "ring": pack_manifest(RING),
-        "sink": pack_manifest(SINK),
-        "recurrent": pack_manifest(RECURRENT),
-        "every_kind": pack_manifest(EVERY_KIND),
-    }
-
-    def changed(**fields: Any) -> bytes:
-        first, second = example["tensors"]
-        return msgpack.packb({"format": 1, "tensors": [{**first, **fields}, second]})
-
-    def ring(**fields: Any) -> bytes:
-        return changed(
-            **{"kind": "window", "window_n_tokens": 2, "sink_n_tokens": 1, **fields},
-        )
-
-    one = accepted["example"]
-    rejected = {
-        "empty": b"",
-        "truncated": one[:-1],
-        "trailing_byte": one + b"\x00",
-        "not_a_map": msgpack.packb([1, []]),
-        "format_2": msgpack.packb({**example, "format": 2}),
-        "format_float": msgpack.packb({**example, "format": 1.0}),
-        "format_true": msgpack.packb({**example, "format": True}),
-        "missing_tensors": msgpack.packb({"format": 1}),
-        "unknown_key": msgpack.packb({**example, "more": 1}),
-        "duplicate_key": b"\x83" + one[1:] + one[1:9],
-        "no_tensors": msgpack.packb({"format": 1, "tensors": []}),
-        "tensors_not_an_array": msgpack.packb({"format": 1, "tensors": {}}),
-        "huge_array_length": msgpack.packb({"format": 1}).replace(b"\x81", b"\x82", 1)
-        + b"\xa7tensors\xdd\xff\xff\xff\xff",
-        "key_is_bin": b"\x82" + msgpack.packb(b"format") + b"\x01" + one[9:],
-        "extension_type": changed(layer=msgpack.ExtType(5, b"\x00")),
-        "timestamp": changed(layer=msgpack.Timestamp(1)),
-        "text_not_utf8": one.replace(b"k_cache", b"\xff_cache"),
-        "tensor_without_role": msgpack.packb(
-            {
-                "format": 1,
-                "tensors": [
-                    {key: value for key, value in example["tensors"][0].items() if key != "role"}
-                ],
-            }
-        ),
-        "tensor_with_unknown_key": changed(more=1),
-        "unknown_dtype": changed(dtype="float8"),
-        "unknown_kind": changed(kind="window"),
-        "layer_negative": changed(layer=-1),
-        "layer_bool": changed(layer=False),
-        "layer_text": changed(layer="0"),
-        "name_is_bin": changed(name=b"k_cache"),
-        "names_twice": changed(name="v_cache"),
-        "role_empty": changed(role=""),
-        "role_with_space": changed(role="k v"),
-        "role_with_line_feed": changed(role="k\n"),
-        "shape_empty": changed(shape=[]),
-        "shape_zero": changed(shape=[1, 0, 1, 2]),
-        "shape_negative": changed(shape=[1, -4, 1, 2]),
-        "shape_float": changed(shape=[1, 4.0, 1, 2]),
-        "shape_17_axes": changed(shape=[1] * 17),
-        "shape_overflows": changed(shape=[1, 2**31, 2**31, 2**31]),
-        "batch_2": changed(shape=[2, 4, 1, 2]),
-        "token_axis_4": changed(token_axis=4),
-        "token_axis_negative": changed(token_axis=-1),
-        "kind_of_another_version": changed(kind="paged"),
-        "full_without_token_axis": changed(token_axis=None),
-        "full_with_window": ring(kind="full"),
-        "full_with_window_of_0": ring(kind="full", window_n_tokens=0, sink_n_tokens=0),
-        "checkpoint_with_token_axis": changed(kind="checkpoint"),
-        "checkpoint_with_window": ring(kind="checkpoint", token_axis=None),
-        "window_without_token_axis": ring(token_axis=None),
-        "window_without_sink": changed(kind="window", window_n_tokens=2),
-        "window_of_0": ring(window_n_tokens=0),
-        "window_float": ring(window_n_tokens=2.0),
-        "window_bool": ring(window_n_tokens=True),
-        "window_larger_than_its_ring": ring(window_n_tokens=4),
-        "sink_negative": ring(sink_n_tokens=-1),
-        "sink_of_all_slots": ring(sink_n_tokens=4),
-        "positions_without_window": changed(kind="positions"),
-    }
-    return accepted, rejected
-
-
-def metadata() -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Accepted and rejected session metadata, by name."""
-    accepted = {
-        "empty": pack_metadata(None),
-        "every_type": pack_metadata(METADATA),
-        "32_levels": b"\x81\xa1a" * 32 + b"\x01",
-        "32_levels_the_last_empty": b"\x81\xa1a" * 31 + b"\x80",
-    }
-    rejected = {
-        "not_a_map": msgpack.packb([1]),
-        "trailing_byte": b"\x80\x00",
-        "duplicate_key": b"\x82\xa1a\x01\xa1a\x02",
-        "inner_duplicate_key": b"\x81\xa1x\x82\xa1a\x01\xa1a\x02",
-        "integer_key": b"\x81\x01\x01",
-        "bin_key": b"\x81\xc4\x01a\x01",
-        "text_not_utf8": b"\x81\xa1a\xa1\xff",
-        "extension_type": msgpack.packb({"a": msgpack.ExtType(5, b"\x00")}),
-        "timestamp": msgpack.packb({"a": msgpack.Timestamp(1)}),
-        "33_levels": b"\x81\xa1a" * 33 + b"\x01",
-        "33_levels_the_last_empty": b"\x81\xa1a" * 32 + b"\x80",
-    }
-    return accepted, rejected
-
-
-# ---------------------------------------------------------------- blobs.json
-
-
-def blobs() -> dict[str, list[dict[str, Any]]]:
-    """Payloads per codec, with what they decode to or why they do not."""
-    content = bytes(number // 16 for number in range(1000))
-    frame = zstandard.ZstdCompressor(level=1).compress(content)
-    with_checksum = zstandard.ZstdCompressor(level=3, write_checksum=True).compress(content)
-    no_size = zstandard.ZstdCompressor(level=1, write_content_size=False).compress(content)
-    empty = zstandard.ZstdCompressor(level=1).compress(b"")
-    skippable = b"\x50\x2a\x4d\x18" + struct.pack("<I", 4) + b"abcd"
-    zeros = zstandard.ZstdCompressor(level=1).compress(bytes(1000))
-    bomb = zstandard.ZstdCompressor(level=19).compress(bytes(1 << 20))
-    # A header for 2^40 bytes (no single segment, window 128 MiB), one empty last block.
-    claim = b"\x28\xb5\x2f\xfd\xc0\x88" + struct.pack("<Q", 1 << 40) + b"\x01\x00\x00"
-    # 1000 bytes with a window of 1 GiB: the header alone is at fault.
-    window = b"\x28\xb5\x2f\xfd\x40\xa0" + struct.pack("<H", 1000 - 256) + b"\x43\x1f\x00\x00"
-    dictionary = b"\x28\xb5\x2f\xfd\x61\x07" + struct.pack("<H", 1000 - 256) + b"\x43\x1f\x00\x00"
-
-    def entry(name: str, codec: int, stored: bytes, raw_nbytes: int, **more: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "codec": codec,
-            "raw_nbytes": raw_nbytes,
-            "stored": stored.hex(),
-            **more,
-        }
-
-    return {
-        "accepted": [
-            entry("raw", 0, content, 1000, decoded=content.hex()),
-            entry("zstd", 1, frame, 1000, decoded=content.hex()),
-            entry("zstd_with_checksum", 1, with_checksum, 1000, decoded=content.hex()),
-            entry("zstd_zeros", 1, zeros, 1000, decoded=bytes(1000).hex()),
-        ],
-        "rejected": [
-            entry("raw_short", 0, content[:-1], 1000),
-            entry("raw_long", 0, content + b"\x00", 1000),
-            entry("unknown_codec", 2, content, 1000),
-            entry("negative_codec", -1, content, 1000),
-            entry("zstd_empty", 1, b"", 1000),
-            entry("zstd_not_a_frame", 1, content, 1000),
-            entry("zstd_truncated", 1, frame[:-1], 1000),
-            entry("zstd_header_only", 1, frame[:8], 1000),
-            entry("zstd_other_size", 1, frame, 999),
-            entry("zstd_without_content_size", 1, no_size, 1000),
-            entry("zstd_trailing_byte", 1, frame + b"\x00", 1000),
-            entry("zstd_second_frame", 1, frame + frame, 1000),
-            entry("zstd_empty_second_frame", 1, frame + empty, 1000),
-            entry("zstd_skippable_behind", 1, frame + skippable, 1000),
-            entry("zstd_skippable_before", 1, skippable + frame, 1000),
-            entry("zstd_bomb", 1, bomb, 1000),
-            entry("zstd_claims_a_tebibyte", 1, claim, 1000),
-            entry("zstd_claims_what_it_lacks", 1, claim, 1 << 40),
-            entry("zstd_window_of_a_gibibyte", 1, window, 1000),
-            entry("zstd_needs_a_dictionary", 1, dictionary, 1000),
-            entry("zstd_wrong_checksum", 1, with_checksum[:-1] + b"\x00", 1000),
-        ],
-    }
+def as_json(lineage: Lineage) -> list[dict[str, Any]]:
+    return [{"start": edit.start, "digest": edit.digest.hex()} for edit in lineage]
 
 
 # ---------------------------------------------------------------- databases
@@ -436,15 +187,51 @@ SMALL = layout(n_layers=1, capacity_n_tokens=96, n_kv_heads=1, head_dim=2)
 
 
 def make_small(path: Path) -> None:
-    """Two sessions that share a chunk and 20 tokens of the next, one of them borrowed."""
+    """Sessions that share a chunk and much of the next; two are exact, three edited there."""
     shared = prompt(1, 52)
     with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
-        for ids, name in (([*shared, 1, 2, 3], "a"), ([*shared, 7, 8], "b")):
-            store.save_session(computed(SMALL, ids), ids, name=name, metadata=METADATA)
+        for name, end, *edits in (
+            ("a", [1, 2, 3]),
+            ("b", [7, 8]),
+            ("edited", [4, 5, 6], (40, 52, "struck")),
+            ("edited twice", [1, 2, 3], (36, 44, "struck"), (48, 52, "set")),
+            ("edited at the border", [1, 2, 3], (32, 52, "struck")),
+        ):
+            ids = [*shared, *end]
+            cache = computed(SMALL, ids, *edits)
+            store.save_session(cache, ids, name=name, metadata=METADATA)
+
+
+def make_edited(path: Path) -> None:
+    """Edits at every place where they can be, beside the same tokens as they are and alone."""
+    ids, alone = prompt(21, 70), prompt(22, 50)
+    with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
+
+        def save(name: str, *edits: tuple[int, int, str], n_tokens: int = 70) -> None:
+            cache = computed(SMALL, ids[:n_tokens], *edits)
+            store.save_session(cache, cache.tokens, name=name)
+
+        save("exact")
+        save("in the middle", (45, 60, "struck"))
+        save("another edit there", (45, 60, "set"))
+        save("in one chunk", (40, 50, "struck"), (52, 60, "set"))
+        save("in three chunks", (31, 35, "struck"), (45, 60, "struck"), (69, 70, "set"))
+        save("the last replaces those behind it", (50, 60, "struck"), (45, 70, "struck"))
+        save("at a border", (32, 40, "struck"))
+        save("from the start", (0, 70, "struck"))
+        save("of the last token", (63, 64, "struck"), n_tokens=64)
+        cache = computed(SMALL, ids[:50], (41, 50, "grown"))
+        for stop in (50, 54, 66, 70):
+            cache.compute(ids[len(cache.tokens) : stop])
+            store.save_session(cache, ids[:stop], name="grown", metadata={"stop": stop})
+        store.save_session(computed(SMALL, alone, (40, 50, "struck")), alone, name="alone")
+        gone = computed(SMALL, alone, (40, 50, "struck"), weights="others")
+        store.save_session(gone, alone, name="lost everything")
+        store.prune(model=gone.fingerprint.model)
 
 
 def make_turns(path: Path) -> None:
-    """A conversation saved turn by turn (tails borrow), a second one, an unnamed save."""
+    """A conversation saved turn by turn (tails borrow), one of them edited on the way, others."""
     one = layout()
     ids = prompt(2, 100)
     with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
@@ -454,114 +241,42 @@ def make_turns(path: Path) -> None:
             store.save_session(cache, ids[:stop], name="turns", metadata={"stop": stop})
             if stop == 60:
                 store.save_session(cache, ids[:56], name="turns: what if")
+        cache = PatternCache(one)
+        for stop in (20, 50, 60, 100):
+            cache.compute(ids[len(cache.tokens) : stop])
+            if stop in (50, 60):
+                cache.edit(stop - 8, "struck")
+            store.save_session(cache, ids[:stop], name="edited turns", metadata={"stop": stop})
         other = ids[:90] + prompt(3, 6)
         store.save_session(computed(one, other), other, name="other ending")
         unnamed = prompt(4, 40)
         store.save_session(computed(one, unnamed), unnamed)
 
 
-def make_head_major(path: Path) -> None:
-    one = layout(dtype="float16", head_major=True)
-    with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
-        for n_tokens in (33, 70):
-            ids = prompt(5, n_tokens)
-            store.save_session(computed(one, ids), ids, name=f"{n_tokens} tokens")
-
-
-def make_namespaces(path: Path) -> None:
-    one, ids = layout(dtype="bfloat16"), prompt(6, 40)
-    for namespace, weights in (("", "weights"), ("grüße", "weights"), ("grüße", "others")):
-        with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS, namespace=namespace) as store:
-            store.save_session(
-                computed(one, ids, weights=weights), ids, name=f"{weights} in {namespace!r}"
-            )
-
-
-def make_int8(path: Path) -> None:
-    one = layout(n_layers=3, dtype="int8", head_major=True)
-    for size in (16, 64):
-        with kvstore.open(path, chunk_n_tokens=size) as store:
-            ids = prompt(7, 100)
-            store.save_session(computed(one, ids), ids, name=f"chunks of {size}")
-
-
-def make_evicted(path: Path) -> None:
-    """One session lost its end, one lost everything; both keep ids and metadata."""
-    one = layout(n_layers=1)
-    with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
-        ids = prompt(8, 100)
-        store.save_session(computed(one, ids), ids, name="lost its end", metadata=METADATA)
-        gone = prompt(9, 40)
-        store.save_session(computed(one, gone, weights="others"), gone, name="lost everything")
-        store.prune(model=computed(one, gone, weights="others").fingerprint.model)
-    with sqlite3.connect(path, isolation_level=None) as connection:
-        connection.execute("PRAGMA foreign_keys = ON")
-        tail = connection.execute("SELECT id FROM chunks ORDER BY stop DESC LIMIT 1").fetchone()[0]
-        connection.execute("BEGIN")
-        connection.execute(
-            "UPDATE sessions SET head_id = (SELECT parent_id FROM chunks WHERE id = ?) "
-            "WHERE head_id = ?",
-            (tail, tail),
-        )
-        payload_ids = connection.execute(
-            "DELETE FROM blobs WHERE chunk_id = ? RETURNING payload_id", (tail,)
-        ).fetchall()
-        connection.executemany("DELETE FROM payloads WHERE id = ?", payload_ids)
-        connection.execute("DELETE FROM chunks WHERE id = ?", (tail,))
-        connection.execute("COMMIT")
-    connection.close()
-
-
-def save_turns(store: kvstore.Store, one: Layout, ids: list[int], *stops: int) -> PatternCache:
+def save_turns(store: kvstore.Store, cache: PatternCache, ids: list[int], *stops: int) -> None:
     """Compute ``ids`` turn by turn, and save after each, as a chat does."""
-    cache = PatternCache(one)
+    name = "edited turns" if cache.edits else "turns"
     for stop in stops:
         cache.compute(ids[len(cache.tokens) : stop])
-        store.save_session(cache, ids[:stop], name="turns", metadata={"stop": stop})
-    return cache
+        store.save_session(cache, ids[:stop], name=name, metadata={"stop": stop})
 
 
-def make_ring_wrapped(path: Path) -> None:
-    """A ring of 16 slots behind a full layer: turns (the windows of some remain), and one save."""
-    ids = prompt(10, 100)
+def make_edited_ring(path: Path) -> None:
+    """A ring of 16 slots behind a full layer; edits before the window, and within it."""
+    ids = prompt(23, 80)
     with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
-        save_turns(store, RING, ids, 5, 20, 27, 60, 100)
-        other = ids[:50] + prompt(11, 40)
-        store.save_session(computed(RING, other), other, name="other ending")
-        # What the first save no longer had of the shared tokens, this one adds.
-        store.save_session(computed(RING, ids[:45]), ids[:45], name="filled in")
+        save_turns(store, PatternCache(RING), ids, 5, 20, 60, 80)
+        save_turns(store, computed(RING, ids[:60], (40, 60, "struck")), ids, 60, 70, 80)
+        within = computed(RING, ids[:64], (58, 60, "struck"))
+        store.save_session(within, ids[:64], name="within the window")
 
 
-def make_sink(path: Path) -> None:
-    """Nothing but a ring of 11 slots behind a sink of 3: its length has no limit."""
-    ids = prompt(12, 200)
-    with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
-        save_turns(store, SINK, ids, 2, 9, 40, 200)
-        store.save_session(computed(SINK, ids[:14]), ids[:14], name="just full")
-
-
-def make_recurrent(path: Path) -> None:
-    """Recurrent state and the last logits; only some lengths have a checkpoint."""
-    ids = prompt(13, 100)
-    with kvstore.open(
-        path, chunk_n_tokens=CHUNK_N_TOKENS, checkpoint_n_tokens=CHUNK_N_TOKENS
-    ) as store:
-        save_turns(store, RECURRENT, ids, 10, 20, 33, 50, 64, 100)
-        store.save_session(computed(RECURRENT, ids[:45]), ids[:45], name="filled in")
-        other = ids[:90] + prompt(14, 6)
-        store.save_session(computed(RECURRENT, other), other, name="other ending")
-
-
-def make_every_kind(path: Path) -> None:
-    """All kinds in one layout; chunks that later saves filled in."""
-    ids = EVERY_KIND_IDS
-    with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
-        for n_tokens in (80, 20, 52):
-            store.save_session(
-                computed(EVERY_KIND, ids[:n_tokens]), ids[:n_tokens], name=f"{n_tokens} tokens"
-            )
-        other = ids[:60] + prompt(16, 5)
-        store.save_session(computed(EVERY_KIND, other), other, name="other ending")
+def make_edited_recurrent(path: Path) -> None:
+    """Recurrent state and the last logits, before an edit and behind it."""
+    ids = prompt(24, 70)
+    with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS, checkpoint_n_tokens=8) as store:
+        save_turns(store, PatternCache(RECURRENT), ids, 10, 33, 45, 70)
+        save_turns(store, computed(RECURRENT, ids[:50], (45, 50, "struck")), ids, 50, 64, 70)
 
 
 def make_newer_readable(path: Path) -> None:
@@ -569,8 +284,8 @@ def make_newer_readable(path: Path) -> None:
     make_small(path)
     sql(
         "CREATE TABLE pins (session_id INTEGER PRIMARY KEY)",
-        "UPDATE format SET version = 2",
-        "PRAGMA user_version = 2",
+        "UPDATE format SET version = 3",
+        "PRAGMA user_version = 3",
     )(path)
 
 
@@ -579,18 +294,12 @@ def make_empty(path: Path) -> None:
 
 
 ACCEPTED: dict[str, Callable[[Path], None]] = {
+    "edited": make_edited,
+    "edited_recurrent": make_edited_recurrent,
+    "edited_ring": make_edited_ring,
     "empty": make_empty,
-    "every_kind": make_every_kind,
-    "evicted": make_evicted,
-    "head_major_f16": make_head_major,
-    "int8_two_chunk_sizes": make_int8,
-    "namespaces_bf16": make_namespaces,
     "newer_readable": make_newer_readable,
-    "recurrent": make_recurrent,
-    "ring_wrapped": make_ring_wrapped,
-    "sink": make_sink,
     "small": make_small,
-    "turns_f32": make_turns,
 }
 
 
@@ -611,26 +320,13 @@ def sql(*statements: str) -> Callable[[Path], None]:
     return change
 
 
-def payload(change: Callable[[bytes], bytes], *, codec: int) -> Callable[[Path], None]:
-    """A change of the first payload of the first chunk that is stored with ``codec``."""
+def changed(session: str, change: Callable[[sqlite3.Connection, int], None]) -> Any:
+    """A change of the last chunk of a session, whose row id is given."""
 
     def apply(path: Path) -> None:
         connection = sqlite3.connect(path, isolation_level=None)
         try:
-            row_id, data = connection.execute(
-                "SELECT p.id, p.data FROM blobs b JOIN payloads p ON p.id = b.payload_id "
-                "WHERE b.chunk_id = 1 AND b.codec = ?",
-                (codec,),
-            ).fetchone()
-            data = change(data)
-            connection.execute("UPDATE payloads SET data = ? WHERE id = ?", (data, row_id))
-            connection.execute(
-                "UPDATE blobs SET stored_nbytes = ? WHERE payload_id = ?", (len(data), row_id)
-            )
-            connection.execute(
-                "UPDATE chunks SET stored_nbytes = "
-                "(SELECT sum(stored_nbytes) FROM blobs WHERE chunk_id = 1) WHERE id = 1"
-            )
+            change(connection, head_of(connection, session))
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
             connection.close()
@@ -638,239 +334,201 @@ def payload(change: Callable[[bytes], bytes], *, codec: int) -> Callable[[Path],
     return apply
 
 
-def first_chunk(
-    tensor: int, *ranges: tuple[int, int], instead: bool = False, nbytes: int | None = None
-) -> Callable[[Path], None]:
-    """Blobs of ``EVERY_KIND``'s ``tensor``, beside those of the first chunk or ``instead``.
+def head(session: str) -> str:
+    """The row id of a session's last chunk, in SQL."""
+    return f"(SELECT head_id FROM sessions WHERE name = '{session}')"
 
-    They are sound in all but their ranges: content (cut to ``nbytes``), checksum,
-    sizes and sums are what they must be.
-    """
 
-    def apply(path: Path) -> None:
-        if instead:
-            sql(
-                "CREATE TEMP TABLE gone AS SELECT payload_id FROM blobs "
-                f"WHERE chunk_id = 1 AND tensor = {tensor}",
-                f"DELETE FROM blobs WHERE chunk_id = 1 AND tensor = {tensor}",
-                "DELETE FROM payloads WHERE id IN (SELECT payload_id FROM gone)",
-            )(path)
-        cache = computed(EVERY_KIND, EVERY_KIND_IDS)
-        connection = sqlite3.connect(path, isolation_level=None)
-        try:
-            key = connection.execute("SELECT key FROM chunks WHERE id = 1").fetchone()[0]
-            for start, stop in ranges:
-                slots = b"".join(cache.truth(tensor, position) for position in range(start, stop))
-                content = slots[:nbytes]
-                payload_id = connection.execute(
-                    "INSERT INTO payloads (data) VALUES (?)", (content,)
-                ).lastrowid
-                check = blob_checksum(key, tensor, start, stop, memoryview(content))
-                connection.execute(
-                    "INSERT INTO blobs (chunk_id, tensor, start, stop, codec, raw_nbytes, "
-                    "stored_nbytes, checksum, payload_id) VALUES (1, ?, ?, ?, 0, ?, ?, ?, ?)",
-                    (tensor, start, stop, len(content), len(content), check, payload_id),
-                )
+def head_of(connection: sqlite3.Connection, session: str) -> int:
+    return int(connection.execute(f"SELECT {head(session)}").fetchone()[0])
+
+
+def extras(value: bytes, *, session: str = "edited") -> Callable[[Path], None]:
+    """Other extras of a session's last chunk; its key and checksums are what they then must be."""
+
+    def change(connection: sqlite3.Connection, chunk_id: int) -> None:
+        parent_key, tokens = connection.execute(
+            "SELECT parent_key, tokens FROM chunks WHERE id = ?", (chunk_id,)
+        ).fetchone()
+        key = chunk_key(parent_key, from_big_endian(tokens), extras=value)
+        connection.execute(
+            "UPDATE chunks SET extras = ?, key = ? WHERE id = ?", (value, key, chunk_id)
+        )
+        for tensor, start, stop, tag, raw_nbytes, data in connection.execute(
+            "SELECT b.tensor, b.start, b.stop, b.codec, b.raw_nbytes, p.data FROM blobs b "
+            "JOIN payloads p ON p.id = b.payload_id WHERE b.chunk_id = ?",
+            (chunk_id,),
+        ).fetchall():
+            decoded = memoryview(bytearray(raw_nbytes))
+            codec.decode_into(tag, memoryview(data), decoded)
             connection.execute(
-                "UPDATE chunks SET (raw_nbytes, stored_nbytes) = (SELECT sum(raw_nbytes), "
-                "sum(stored_nbytes) FROM blobs WHERE chunk_id = 1) WHERE id = 1"
+                "UPDATE blobs SET checksum = ? WHERE chunk_id = ? AND tensor = ? AND start = ?",
+                (blob_checksum(key, tensor, start, stop, decoded), chunk_id, tensor, start),
             )
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        finally:
-            connection.close()
 
-    return apply
+    return changed(session, change)
 
 
-def truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:5000])
+def all_borrowed(*, session: str, base: str) -> Callable[[Path], None]:
+    """A session's last chunk has no blobs of its own: all of its tokens are those of ``base``."""
+
+    def change(connection: sqlite3.Connection, chunk_id: int) -> None:
+        payload_ids = connection.execute(
+            "DELETE FROM blobs WHERE chunk_id = ? RETURNING payload_id", (chunk_id,)
+        ).fetchall()
+        connection.executemany("DELETE FROM payloads WHERE id = ?", payload_ids)
+        connection.execute(
+            "UPDATE chunks SET base_id = ?, base_n_tokens = stop - start, raw_nbytes = 0, "
+            "stored_nbytes = 0 WHERE id = ?",
+            (head_of(connection, base), chunk_id),
+        )
+
+    return changed(session, change)
 
 
-def not_sqlite(path: Path) -> None:
-    path.write_bytes(b"This is no database.\n" * 100)
+def of_version_1(path: Path) -> None:
+    """``empty`` of version 1, whose header says that it is of version 2."""
+    packed = V1 / "databases" / "accepted" / "empty.db.zst"
+    path.write_bytes(zstandard.ZstdDecompressor().decompress(packed.read_bytes()))
+    sql(
+        "UPDATE format SET version = 2, min_reader = 2, min_writer = 2",
+        "UPDATE alembic_version SET version_num = '0002'",
+        "PRAGMA user_version = 2",
+    )(path)
 
 
-_BOMB = zstandard.ZstdCompressor(level=19).compress(bytes(4096))
-_BORROWER = "(SELECT id FROM chunks WHERE base_id IS NOT NULL)"
+_TRIGGER = "CREATE TRIGGER t AFTER INSERT ON chunks BEGIN DELETE FROM payloads; END"
 
+# Changed copies of ``empty``, with the error that kvstore raises.
 AT_OPENING: dict[str, tuple[Callable[[Path], None], str]] = {
-    "not_sqlite": (not_sqlite, "NotAStoreError"),
-    "truncated": (truncated, "CorruptStoreError"),
     "other_application_id": (sql("PRAGMA application_id = 1"), "NotAStoreError"),
     "newer_version": (
-        sql("UPDATE format SET version = 2, min_reader = 2", "PRAGMA user_version = 2"),
+        sql("UPDATE format SET version = 3, min_reader = 3", "PRAGMA user_version = 3"),
         "NewerFormatError",
     ),
-    "newer_version_without_its_row": (sql("PRAGMA user_version = 2"), "NewerFormatError"),
+    "newer_version_without_its_row": (sql("PRAGMA user_version = 3"), "NewerFormatError"),
     "newer_readable_with_trigger": (
+        sql(_TRIGGER, "UPDATE format SET version = 3", "PRAGMA user_version = 3"),
+        "SchemaMismatchError",
+    ),
+    "newer_readable_without_extras": (
         sql(
-            "CREATE TRIGGER t AFTER INSERT ON chunks BEGIN DELETE FROM payloads; END",
-            "UPDATE format SET version = 2",
-            "PRAGMA user_version = 2",
+            "DROP INDEX chunks_by_tokens",
+            "ALTER TABLE chunks DROP COLUMN extras",
+            "UPDATE format SET version = 3",
+            "PRAGMA user_version = 3",
+        ),
+        "SchemaMismatchError",
+    ),
+    "older_version": (
+        sql("UPDATE format SET version = 1, min_reader = 1", "PRAGMA user_version = 1"),
+        "SchemaMismatchError",
+    ),
+    "schema_of_version_1": (of_version_1, "SchemaMismatchError"),
+    "index_of_version_1": (
+        sql(
+            "DROP INDEX chunks_by_tokens",
+            "CREATE UNIQUE INDEX chunks_by_tokens ON chunks (parent_key, tokens)",
         ),
         "SchemaMismatchError",
     ),
     "version_0": (sql("PRAGMA user_version = 0"), "SchemaMismatchError"),
     "format_row_missing": (sql("DELETE FROM format"), "SchemaMismatchError"),
-    "format_row_disagrees": (sql("UPDATE format SET version = 2"), "SchemaMismatchError"),
-    "extra_trigger": (
-        sql("CREATE TRIGGER t AFTER INSERT ON chunks BEGIN DELETE FROM payloads; END"),
-        "SchemaMismatchError",
-    ),
+    "format_row_disagrees": (sql("UPDATE format SET version = 3"), "SchemaMismatchError"),
+    "format_row_of_version_1": (sql("UPDATE format SET version = 1"), "SchemaMismatchError"),
+    "extra_trigger": (sql(_TRIGGER), "SchemaMismatchError"),
     "extra_view": (sql("CREATE VIEW v AS SELECT * FROM payloads"), "SchemaMismatchError"),
     "extra_table": (sql("CREATE TABLE more (id INTEGER)"), "SchemaMismatchError"),
-    "extra_column": (sql("ALTER TABLE leases ADD COLUMN more TEXT"), "SchemaMismatchError"),
+    "extra_column": (sql("ALTER TABLE chunks ADD COLUMN more TEXT"), "SchemaMismatchError"),
     "missing_index": (sql("DROP INDEX chunks_by_tokens"), "SchemaMismatchError"),
     "missing_table": (sql("DROP TABLE leases"), "SchemaMismatchError"),
 }
 
-IN_CONTENT: dict[str, Callable[[Path], None]] = {
-    "base_cycle": sql(
-        f"UPDATE chunks SET base_id = {_BORROWER}, base_n_tokens = 20 "
-        f"WHERE id = (SELECT base_id FROM chunks WHERE id = {_BORROWER})"
-    ),
-    "base_is_itself": sql("UPDATE chunks SET base_id = id WHERE base_id IS NOT NULL"),
-    "base_missing_but_borrowing": sql("UPDATE chunks SET base_id = NULL"),
-    "base_n_tokens_negative": sql("UPDATE chunks SET base_n_tokens = -1 WHERE base_id IS NOT NULL"),
-    "base_of_another_parent": sql("UPDATE chunks SET base_id = 1 WHERE base_id IS NOT NULL"),
-    "blob_missing": sql(
-        "DELETE FROM blobs WHERE chunk_id = 1 AND tensor = 1",
-        "DELETE FROM payloads WHERE id = 2",
-    ),
-    "blob_of_no_tensor": sql("UPDATE blobs SET tensor = 9 WHERE chunk_id = 1 AND tensor = 1"),
-    "blob_range": sql("UPDATE blobs SET stop = stop - 1 WHERE chunk_id = 1 AND tensor = 0"),
-    "blobs_swapped": sql(
-        "UPDATE blobs SET tensor = 9 WHERE chunk_id = 1 AND tensor = 0",
-        "UPDATE blobs SET tensor = 0 WHERE chunk_id = 1 AND tensor = 1",
-        "UPDATE blobs SET tensor = 1 WHERE chunk_id = 1 AND tensor = 9",
-    ),
-    "checksum": sql("UPDATE blobs SET checksum = zeroblob(16) WHERE chunk_id = 1"),
-    "chunk_sizes": sql("UPDATE chunks SET raw_nbytes = raw_nbytes + 1 WHERE id = 1"),
-    "codec_unknown": sql("UPDATE blobs SET codec = 2 WHERE chunk_id = 1"),
-    "fingerprint": sql("UPDATE models SET weights_digest = zeroblob(32)"),
-    "head_of_other_tokens": sql(
-        "UPDATE sessions SET head_id = (SELECT head_id FROM sessions WHERE name = 'b') "
-        "WHERE name = 'a'"
-    ),
-    "key": sql("UPDATE chunks SET key = zeroblob(32) WHERE id = 1"),
-    "layout_digest": sql(
-        "UPDATE models SET manifest = CAST(replace(manifest, 'float32', 'float64') AS BLOB)"
-    ),
-    "manifest_not_msgpack": sql("UPDATE models SET manifest = x'c1'"),
-    "metadata_extension": sql("UPDATE sessions SET metadata = x'81a161d6ff00000001'"),
-    "payload_bit": payload(lambda data: bytes([data[0] ^ 1]) + data[1:], codec=0),
-    "payload_is_text": sql(
-        "UPDATE payloads SET data = printf('%.*c', length(data), 'x') WHERE id = 2",
-    ),
-    "payload_orphan": sql("INSERT INTO payloads (data) VALUES (x'00')"),
-    "payloads_swapped": sql(
-        "UPDATE blobs SET payload_id = -1 WHERE payload_id = 2",
-        "UPDATE blobs SET payload_id = 2 WHERE payload_id = 4",
-        "UPDATE blobs SET payload_id = 4 WHERE payload_id = -1",
-    ),
-    "raw_nbytes_claim": sql(
-        "UPDATE blobs SET raw_nbytes = 1099511627776 WHERE chunk_id = 1 AND tensor = 0"
-    ),
-    "root_key": sql("UPDATE spaces SET chunk_n_tokens = 64"),
-    "session_namespace": sql("UPDATE sessions SET namespace = 'other'"),
-    "session_token_gap": sql("DELETE FROM session_tokens WHERE start = 0"),
-    "session_tokens_cut": sql("UPDATE session_tokens SET tokens = x'00' WHERE start = 0"),
-    "session_tokens_other": sql(
-        "UPDATE session_tokens SET tokens = zeroblob(length(tokens)) WHERE start = 0"
-    ),
-    "stored_nbytes_claim": sql(
-        "UPDATE blobs SET stored_nbytes = 1099511627776 WHERE chunk_id = 1 AND tensor = 0"
-    ),
-    "tokens_cut": sql("UPDATE chunks SET tokens = x'00' WHERE id = 1"),
-    "tokens_of_a_full_chunk": sql(
-        "UPDATE chunks SET tokens = zeroblob(length(tokens)) WHERE id = 1"
-    ),
-    "tokens_of_a_tail": sql("UPDATE chunks SET tokens = zeroblob(length(tokens)) WHERE id > 1"),
-    "zstd_bomb": payload(lambda _: _BOMB, codec=1),
-    "zstd_truncated": payload(lambda data: data[:-1], codec=1),
-}
+_FIRST, _SECOND = digest("struck"), digest("set")
 
-
-# Changed copies of ``every_kind``, whose first chunk has [0, 2) and [4, 20) of its ring
-# (of 16 slots) and a checkpoint of 20 tokens.
-FULL_V, RING_K, POSITIONS, RECURRENT_STATE = 1, 2, 4, 6
-
-IN_KINDS: dict[str, Callable[[Path], None]] = {
-    "checkpoint_checksum": sql(
-        f"UPDATE blobs SET checksum = zeroblob(16) WHERE tensor = {RECURRENT_STATE}"
-    ),
-    "checkpoint_of_two_lengths": first_chunk(
-        RECURRENT_STATE, (4, 6), nbytes=EVERY_KIND.tensors[RECURRENT_STATE].nbytes
-    ),
-    "full_blob_in_two_parts": first_chunk(FULL_V, (0, 16), (16, 32), instead=True),
-    "full_blob_missing": first_chunk(FULL_V, instead=True),
-    "positions_blob": first_chunk(POSITIONS, (0, 8)),
-    "window_blob_longer_than_its_ring": first_chunk(RING_K, (2, 20), instead=True),
-    "window_blob_outside_its_chunk": first_chunk(RING_K, (28, 36)),
-    "window_blobs_overlap": first_chunk(RING_K, (18, 24)),
-    "window_checksum": sql(f"UPDATE blobs SET checksum = zeroblob(16) WHERE tensor = {RING_K}"),
+# Changed copies of ``small``, by the session whose tokens are looked for.
+IN_CONTENT: dict[str, dict[str, Callable[[Path], None]]] = {
+    "a": {
+        "base_is_edited": all_borrowed(session="a", base="edited at the border"),
+        "extras_added": sql(
+            f"UPDATE chunks SET extras = x'{item(3, _FIRST).hex()}' WHERE id = {head('a')}"
+        ),
+    },
+    "edited": {
+        "base_has_other_edits": sql(
+            f"UPDATE chunks SET base_id = {head('edited at the border')} "
+            f"WHERE id = {head('edited')}"
+        ),
+        "extras_are_text": sql(
+            f"UPDATE chunks SET extras = '{'1' * 41}' WHERE id = {head('edited')}"
+        ),
+        "extras_changed": sql(
+            f"UPDATE chunks SET extras = x'{item(8, _SECOND).hex()}' WHERE id = {head('edited')}"
+        ),
+        "extras_cut_off": extras(item(8, _FIRST)[:-1]),
+        "extras_digest_of_16_bytes": extras(item(8, _FIRST[:16], nbytes=16)),
+        "extras_of_unknown_kind": extras(item(8, _FIRST) + item(9, _SECOND, kind=2)),
+        "extras_offset_at_stop": extras(item(23, _FIRST)),
+        "extras_removed": sql(f"UPDATE chunks SET extras = x'' WHERE id = {head('edited')}"),
+        "parent_is_itself": sql(f"UPDATE chunks SET parent_id = id WHERE id = {head('edited')}"),
+    },
+    "edited twice": {
+        "base_behind_the_edit": all_borrowed(session="edited twice", base="a"),
+        "extras_out_of_order": extras(item(16, _SECOND) + item(4, _FIRST), session="edited twice"),
+        "extras_two_at_one_offset": extras(
+            item(4, _FIRST) + item(4, _SECOND), session="edited twice"
+        ),
+        "extras_without_the_second": sql(
+            f"UPDATE chunks SET extras = substr(extras, 1, 41) WHERE id = {head('edited twice')}"
+        ),
+    },
 }
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a reader finds: every session with its tokens and its tensors' bytes."""
-    connection = sqlite3.connect(path)
-    sizes = dict(
-        connection.execute(
-            "SELECT sessions.id, chunk_n_tokens FROM sessions JOIN spaces ON spaces.id = space_id"
-        ).fetchall()
-    )
-    connection.close()
+    """What a reader finds: every session with its tokens, its edits and its tensors' bytes."""
     caches = {
-        cache.fingerprint: cache
+        cache.fingerprint.model: cache
         for weights in ("weights", "others")
-        for one in (
-            SMALL,
-            layout(),
-            layout(n_layers=1),
-            layout(dtype="float16", head_major=True),
-            layout(dtype="bfloat16"),
-            layout(n_layers=3, dtype="int8", head_major=True),
-            RING,
-            SINK,
-            RECURRENT,
-            EVERY_KIND,
-        )
+        for one in (SMALL, layout(), RING, RECURRENT)
         for cache in [PatternCache(one, weights=weights)]
     }
     with kvstore.open(path, read_only=True) as store:
-        found = store.sessions(all_namespaces=True)
+        n_stored = {info.name: info.n_stored_tokens for info in store.sessions()}
+    with Reader(path) as reader:
+        found = [(session, reader.lineage(session)) for session in reader.sessions()]
     described = []
-    for info in sorted(found, key=lambda info: info.id):
-        template = caches[info.fingerprint]
-        connection = sqlite3.connect(path)
-        tokens = b"".join(
-            row[0]
-            for row in connection.execute(
-                "SELECT tokens FROM session_tokens WHERE session_id = ? ORDER BY start", (info.id,)
-            )
-        )
-        connection.close()
-        ids = list(struct.unpack(f">{len(tokens) // 8}Q", tokens))
-        n_stored = info.n_stored_tokens
+    for session, edits in found:
+        template, ids = caches[session.model], session.tokens
+        lineage = tuple(Edit(*edit) for edit in edits)
+        with_bytes = path.stem == "small"
+        n_tokens = n_stored[session.name]
         entry = {
-            "namespace": info.namespace,
-            "name": info.name,
-            "model": info.fingerprint.model.hex(),
-            "chunk_n_tokens": sizes[info.id],
+            "namespace": session.namespace,
+            "name": session.name,
+            "model": session.model.hex(),
+            "chunk_n_tokens": session.chunk_n_tokens,
             "tokens": ids,
-            "n_stored_tokens": n_stored,
-            "metadata": pack_metadata(info.metadata).hex(),
-            "tensors": tensors_after(template, ids, n_stored, with_bytes=path.stem == "small"),
+            "edits": as_json(lineage),
+            "n_stored_tokens": n_tokens,
+            "metadata": pack_metadata(session.metadata).hex(),
+            "tensors": tensors_after(template, ids, lineage, n_tokens, with_bytes=with_bytes),
         }
         if not template.layout.is_full:
             # [i] for a limit of i + 1 tokens.
-            restored = restored_n_tokens(path, template, info, ids, sizes[info.id])
+            restored = [
+                restored_n_tokens(path, template, ids[:limit], lineage)
+                for limit in range(1, len(ids) + 1)
+            ]
             entry["restored_n_tokens"] = restored
             entry["lengths"] = [
-                {"n_tokens": n_tokens, "tensors": tensors_after(template, ids, n_tokens)}
-                for n_tokens in some_of(sorted(set(restored) - {0}))
+                {"n_tokens": length, "tensors": tensors_after(template, ids, lineage, length)}
+                for length in some_of(sorted(set(restored) - {0}))
             ]
+        if lineage:
+            n_exact = restored_n_tokens(path, template, ids, ())
+            tensors = tensors_after(template, ids, (), n_exact, with_bytes=with_bytes)
+            entry["exact"] = {"n_tokens": n_exact, "tensors": tensors}
         described.append(entry)
     return {"sessions": described}
 
@@ -880,38 +538,38 @@ def some_of(lengths: list[int]) -> list[int]:
     return sorted({*lengths[:: len(lengths) // 6 + 1], *lengths[-1:]})
 
 
-def restored_n_tokens(
-    path: Path, template: PatternCache, info: kvstore.SessionInfo, ids: list[int], size: int
-) -> list[int]:
-    """How many tokens are restored when at most 1, 2, ... of ``ids`` may be."""
+def restored_n_tokens(path: Path, template: PatternCache, ids: list[int], lineage: Lineage) -> int:
+    """How many tokens are restored when all of ``ids`` may be."""
     has_logits = any(spec.role == "logits" for spec in template.layout.tensors)
-    found = []
-    with kvstore.open(path, read_only=True, chunk_n_tokens=size, namespace=info.namespace) as store:
-        for limit in range(1, len(ids) + 1):
-            cache = PatternCache(template.layout)
-            cache.fingerprint = template.fingerprint
-            wanted = ids[:limit] if has_logits else [*ids[:limit], 2**62]
-            found.append(store.load_session(cache, wanted).n_tokens)
-            if cache.wrong():
-                raise SystemExit(f"{path.name}: {cache.wrong()}")
-    return found
+    cache = PatternCache(template.layout)
+    cache.fingerprint = template.fingerprint
+    with kvstore.open(path, read_only=True, chunk_n_tokens=CHUNK_N_TOKENS) as store:
+        hit = store.load_session(cache, ids if has_logits else [*ids, 2**62], edits=lineage)
+    if cache.wrong():
+        raise SystemExit(f"{path.name}: {cache.wrong()}")
+    return hit.n_tokens
 
 
 def tensors_after(
-    template: PatternCache, ids: list[int], n_tokens: int, *, with_bytes: bool = False
+    template: PatternCache,
+    ids: list[int],
+    lineage: Lineage,
+    n_tokens: int,
+    *,
+    with_bytes: bool = False,
 ) -> list[dict[str, str]]:
-    """What each tensor needs for the next token to see ``n_tokens`` of ``ids``.
+    """What each tensor needs for the next token to see ``n_tokens`` of ``ids`` and ``lineage``.
 
     Computed afresh, not read back: the vector says what must be there.
     """
     cache = PatternCache(template.layout)
     cache.fingerprint = template.fingerprint
-    cache.compute(ids)
+    cache.adopt(ids, lineage)
     return [
         {
             "name": spec.name,
             "sha256": hashlib.sha256(content(cache, index, n_tokens)).hexdigest(),
-            **({"bytes": content(cache, index, len(ids)).hex()} if with_bytes else {}),
+            **({"bytes": content(cache, index, n_tokens).hex()} if with_bytes else {}),
         }
         for index, spec in enumerate(cache.layout.tensors)
     ]
@@ -977,16 +635,21 @@ def vacuumed(path: Path) -> None:
     connection.close()
 
 
-def expect_content(path: Path, one: Layout, ids: list[int]) -> dict[str, Any]:
-    """How a load of ``ids`` has to end."""
-    cache = PatternCache(one)
+def expect_content(path: Path, described: dict[str, Any], name: str) -> dict[str, Any]:
+    """How loads of a session's tokens have to end, with its edits and without."""
+    (session,) = (one for one in described["sessions"] if one["name"] == name)
+    lineage = tuple(Edit(one["start"], bytes.fromhex(one["digest"])) for one in session["edits"])
+    template = PatternCache(SMALL)
     with kvstore.open(path, read_only=True, chunk_n_tokens=CHUNK_N_TOKENS) as store:
-        hit = store.load_session(cache, [*ids, 0])
         found = store.verify()
-        if found.ok:
-            raise SystemExit(f"{path.name}: verify found nothing wrong")
-        print(path.stem, hit.n_tokens, hit.reason, hit.detail, found.problems, file=sys.stderr)
-    return {"found_by": "content", "n_tokens": hit.n_tokens}
+    if found.ok:
+        raise SystemExit(f"{path.name}: verify found nothing wrong")
+    print(path.stem, found.problems, file=sys.stderr)
+    expected = {"found_by": "content", "session": name}
+    expected["n_tokens"] = restored_n_tokens(path, template, session["tokens"], lineage)
+    if lineage:
+        expected["exact_n_tokens"] = restored_n_tokens(path, template, session["tokens"], ())
+    return expected
 
 
 def put_rejected(database: Path, base: Path, change: Callable[[Path], None]) -> Path:
@@ -999,40 +662,35 @@ def put_rejected(database: Path, base: Path, change: Callable[[Path], None]) -> 
 
 def main() -> None:
     put_json(VECTORS / "keys.json", keys())
-    put_json(VECTORS / "blobs.json", blobs())
-    for kind, (accepted, rejected) in (("manifests", manifests()), ("metadata", metadata())):
-        for verdict, files in (("accepted", accepted), ("rejected", rejected)):
-            for name, data in files.items():
-                put(VECTORS / kind / verdict / f"{name}.msgpack", data)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        described: dict[str, Any] = {}
         for name, make in ACCEPTED.items():
             database = work / f"{name}.db"
             with fixed_clock():
                 make(database)
             vacuumed(database)
-            put_json(VECTORS / "databases" / "accepted" / f"{name}.json", describe(database))
+            described[name] = describe(database)
+            put_json(VECTORS / "databases" / "accepted" / f"{name}.json", described[name])
             put_database(VECTORS / "databases" / "accepted" / f"{name}.db.zst", database)
         expected: dict[str, Any] = {}
         rejected = work / "rejected"
         rejected.mkdir()
         for name, (change, error) in AT_OPENING.items():
-            put_rejected(rejected / f"{name}.db", work / "small.db", change)
+            put_rejected(rejected / f"{name}.db", work / "empty.db", change)
             expected[name] = {"found_by": "opening", "error": error}
-        for name, change in IN_CONTENT.items():
-            database = put_rejected(rejected / f"{name}.db", work / "small.db", change)
-            expected[name] = expect_content(database, SMALL, [*prompt(1, 52), 1, 2, 3])
-        for name, change in IN_KINDS.items():
-            database = put_rejected(rejected / f"{name}.db", work / "every_kind.db", change)
-            expected[name] = {
-                **expect_content(database, EVERY_KIND, EVERY_KIND_IDS),
-                "base": "every_kind",
-                "session": "80 tokens",
-            }
+        for session, changes in IN_CONTENT.items():
+            for name, change in changes.items():
+                database = put_rejected(rejected / f"{name}.db", work / "small.db", change)
+                expected[name] = expect_content(database, described["small"], session)
         put_json(VECTORS / "databases" / "rejected" / "expected.json", expected)
         # The golden file of this version: one that has a bit of everything.
-        put_database(GOLDEN / "v1.db.zst", work / "turns_f32.db")
-        put_json(GOLDEN / "v1.json", describe(work / "turns_f32.db"))
+        database = work / "turns.db"
+        with fixed_clock():
+            make_turns(database)
+        vacuumed(database)
+        put_database(GOLDEN / "v2.db.zst", database)
+        put_json(GOLDEN / "v2.json", describe(database))
 
 
 if __name__ == "__main__":
