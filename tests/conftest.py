@@ -11,6 +11,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import zstandard
 
 import kvstore
 
@@ -29,6 +30,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def store_path(tmp_path: Path) -> Path:
     """Where a test's store goes; there is no file yet."""
     return tmp_path / "sessions.db"
+
+
+@pytest.fixture
+def older_path(store_path: Path) -> Path:
+    """A closed file of format version 1, with a session ``turns`` of 100 tokens in chunks of 32."""
+    golden = ROOT / "tests" / "golden" / "v1.db.zst"
+    store_path.write_bytes(zstandard.ZstdDecompressor().decompress(golden.read_bytes()))
+    return store_path
 
 
 @pytest.fixture

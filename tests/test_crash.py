@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from kvstore.db.tables import FORMAT_VERSION
 from tests.conftest import start_python
 from tests.fakes import BytesCache, layout
-from tests.oracle import load_exact
+from tests.oracle import load_exact, raw
 
 SMALL = layout(n_layers=1, n_kv_heads=1, dtype="float16", capacity_n_tokens=128)
 
@@ -154,17 +155,23 @@ os._exit(0)
 """
 
 
+def dying_creator(path, limit):
+    """Open a store in a forked child that ends at its ``limit``-th statement."""
+
+    def action():
+        sys.argv[1:] = [str(path), str(limit)]
+        exec(compile(CREATOR, "creator", "exec"), {"__name__": "creator"})
+
+    code = in_child(action)
+    assert code in (0, 7)
+    return code
+
+
 def check_every_creation(folder, *, step):
     limit, code = 1, 7
     while code == 7:
         path = folder / f"{limit}.db"
-
-        def action(path=path, limit=limit):
-            sys.argv[1:] = [str(path), str(limit)]
-            exec(compile(CREATOR, "creator", "exec"), {"__name__": "creator"})
-
-        code = in_child(action)
-        assert code in (0, 7)
+        code = dying_creator(path, limit)
         check(path)
         limit += step
     assert limit > 20
@@ -177,6 +184,33 @@ def test_a_creation_that_ends_at_some_statement_is_begun_again(tmp_path):
 @pytest.mark.slow
 def test_a_creation_that_ends_at_any_statement_is_begun_again(tmp_path):
     check_every_creation(tmp_path, step=1)
+
+
+def check_every_upgrade(path, *, step):
+    older, limit, code, versions = path.read_bytes(), 1, 7, []
+    while code == 7:
+        path.write_bytes(older)
+        code = dying_creator(path, limit)
+        with raw(path) as connection:
+            versions += connection.execute("PRAGMA user_version").fetchone()
+            columns = [row[1] for row in connection.execute("PRAGMA table_info(chunks)")]
+        assert ("extras" in columns) == (versions[-1] == FORMAT_VERSION)
+        with kvstore.open(path, chunk_n_tokens=32) as store:  # goes on where the other one ended
+            assert store.verify().problems == ()
+            assert store.load_session(BytesCache(), name="turns").n_tokens == 99
+        limit += step
+    assert limit > 20
+    assert versions == sorted(versions)
+    assert {*versions} == {1, FORMAT_VERSION}
+
+
+def test_an_upgrade_that_ends_at_some_statement_is_begun_again(older_path):
+    check_every_upgrade(older_path, step=3)
+
+
+@pytest.mark.slow
+def test_an_upgrade_that_ends_at_any_statement_is_begun_again(older_path):
+    check_every_upgrade(older_path, step=1)
 
 
 def kill_at_random(path, seconds):

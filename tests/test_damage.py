@@ -6,6 +6,7 @@ import pytest
 
 import kvstore
 from kvstore import Kind, MissReason, clock
+from kvstore.db.tables import FORMAT_VERSION
 from kvstore.errors import NewerFormatError
 from tests.conformance import damaged
 from tests.fakes import BytesCache, layout
@@ -131,7 +132,7 @@ def test_a_file_that_was_upgraded_meanwhile_loses_nothing(store_path):
         assert store.load_session(BytesCache(), TOKENS).n_tokens == 0
         before = store.stats()
         with raw(store_path) as connection:
-            connection.execute("PRAGMA user_version = 2")
+            connection.execute(f"PRAGMA user_version = {FORMAT_VERSION + 1}")
         with pytest.raises(NewerFormatError):
             store.save_session(computed(TOKENS), TOKENS, name="chat")
         assert store.stats() == before

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import tempfile
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
 import kvstore
+from kvstore import Edit
+from kvstore._bundle import migrations_dir
 from kvstore.db.engine import APPLICATION_ID
+from kvstore.db.tables import FORMAT_VERSION
 from kvstore.errors import (
     ClosedStoreError,
     CorruptStoreError,
@@ -27,10 +33,11 @@ from kvstore.errors import (
     StoreError,
     StorePathError,
 )
-from tests.fakes import BytesCache
+from tests.fakes import BytesCache, digest
 from tests.oracle import assert_exact, big_layout, computed, load_exact, raw, save
 
 TOKENS = list(range(100, 130))
+NEWER = FORMAT_VERSION + 1
 
 
 @pytest.fixture
@@ -64,7 +71,7 @@ def test_the_header_says_what_the_file_is(saved_path):
             return connection.execute(f"PRAGMA {name}").fetchone()[0]
 
         assert pragma("application_id") == APPLICATION_ID
-        assert pragma("user_version") == 1
+        assert pragma("user_version") == 2
         assert pragma("auto_vacuum") == 2
         assert pragma("page_size") == 16384
         assert pragma("journal_mode") == "wal"
@@ -207,14 +214,14 @@ def test_a_cut_file_is_refused_or_found_damaged(saved_path, position):
         "DROP TABLE format",
         "ALTER TABLE chunks ADD COLUMN evil",
         "ALTER TABLE sessions RENAME COLUMN metadata TO other",
-        "UPDATE format SET version = 2",
+        f"UPDATE format SET version = {NEWER}",
         "DELETE FROM format",
         "PRAGMA user_version = 0",
         "UPDATE alembic_version SET version_num = 'zzz'; PRAGMA user_version = 0",
         (
-            "PRAGMA user_version = 2; DROP TABLE format; CREATE VIEW format AS WITH RECURSIVE "
-            "r(version, min_reader) AS (SELECT 2, 1 UNION ALL SELECT version + 1, 1 FROM r) "
-            "SELECT version, min_reader FROM r"
+            f"PRAGMA user_version = {NEWER}; DROP TABLE format; CREATE VIEW format AS "
+            f"WITH RECURSIVE r(version, min_reader) AS (SELECT {NEWER}, 1 UNION ALL "
+            "SELECT version + 1, 1 FROM r) SELECT version, min_reader FROM r"
         ),
         (
             "PRAGMA writable_schema = ON; UPDATE sqlite_schema SET sql = CAST(sql AS BLOB) "
@@ -222,14 +229,16 @@ def test_a_cut_file_is_refused_or_found_damaged(saved_path, position):
         ),
     ],
 )
-def test_a_tampered_schema_is_refused_and_left_alone(saved_path, tampering):
-    with raw(saved_path) as connection:
+@pytest.mark.parametrize("made_by", ["saved_path", "older_path"])
+def test_a_tampered_schema_is_refused_and_left_alone(request, made_by, tampering):
+    path = request.getfixturevalue(made_by)
+    with raw(path) as connection:
         connection.executescript(tampering)
-    before = saved_path.read_bytes()
+    before = path.read_bytes()
     for read_only in (False, True):
         with pytest.raises((SchemaMismatchError, ReadOnlyStoreError, NewerFormatError)):
-            kvstore.open(saved_path, read_only=read_only)
-    assert saved_path.read_bytes() == before
+            kvstore.open(path, read_only=read_only)
+    assert path.read_bytes() == before
 
 
 def test_a_schema_that_only_looks_alike_is_refused(saved_path):
@@ -246,8 +255,8 @@ def test_a_schema_that_only_looks_alike_is_refused(saved_path):
 
 def test_a_newer_file_is_refused_and_left_untouched(saved_path):
     with raw(saved_path) as connection:
-        connection.execute("PRAGMA user_version = 2")
-        connection.execute("UPDATE format SET version = 2, min_reader = 2, min_writer = 2")
+        connection.execute(f"PRAGMA user_version = {NEWER}")
+        connection.execute(f"UPDATE format SET version = {NEWER}, min_reader = {NEWER}")
     before = saved_path.read_bytes()
     for read_only in (False, True):
         with pytest.raises(NewerFormatError, match="newer kvstore"):
@@ -257,8 +266,8 @@ def test_a_newer_file_is_refused_and_left_untouched(saved_path):
 
 def test_a_newer_file_whose_known_objects_changed_is_refused(saved_path):
     with raw(saved_path) as connection:
-        connection.execute("PRAGMA user_version = 2")
-        connection.execute("UPDATE format SET version = 2, min_writer = 2")
+        connection.execute(f"PRAGMA user_version = {NEWER}")
+        connection.execute(f"UPDATE format SET version = {NEWER}, min_writer = {NEWER}")
         connection.execute("CREATE TABLE addition (a)")
         connection.execute("ALTER TABLE leases RENAME TO former_leases")
         connection.execute("ALTER TABLE former_leases RENAME TO leases")
@@ -272,8 +281,8 @@ def test_a_newer_file_whose_known_objects_changed_is_refused(saved_path):
 
 def test_additions_of_a_newer_file_do_not_keep_this_version_from_reading(saved_path):
     with raw(saved_path) as connection:
-        connection.execute("PRAGMA user_version = 2")
-        connection.execute("UPDATE format SET version = 2, min_writer = 2")
+        connection.execute(f"PRAGMA user_version = {NEWER}")
+        connection.execute(f"UPDATE format SET version = {NEWER}, min_writer = {NEWER}")
         connection.execute("CREATE TABLE addition (a)")
     with kvstore.open(saved_path, chunk_n_tokens=8) as store:
         assert store.read_only
@@ -285,15 +294,137 @@ def test_additions_of_a_newer_file_do_not_keep_this_version_from_reading(saved_p
 def test_a_store_that_another_process_upgraded_meanwhile_writes_nothing(saved_path):
     with kvstore.open(saved_path, chunk_n_tokens=8) as store:
         with raw(saved_path) as connection:
-            connection.execute("PRAGMA user_version = 2")
+            connection.execute(f"PRAGMA user_version = {NEWER}")
         for write in (
             lambda: save(store, [1, 2, 3], name="b"),
             lambda: store.delete_session("a"),
             lambda: store.prune(max_bytes=0),
         ):
-            with pytest.raises(NewerFormatError, match="version is now 2"):
+            with pytest.raises(NewerFormatError, match=f"version is now {NEWER}"):
                 write()
         assert [one.name for one in store.sessions()] == ["a"]
+
+
+# ------------------------------------------------------------------- older files
+
+
+def check_older(path):
+    """The file of version 1 is read as it is, and nothing of it is changed."""
+    before = path.read_bytes()
+    with kvstore.open(path, read_only=True, chunk_n_tokens=32) as store:
+        check_read_only(store)
+    assert path.read_bytes() == before
+
+
+def check_read_only(store):
+    assert store.read_only
+    assert store.verify().ok
+    cache = BytesCache()
+    hit = store.load_session(cache, name="turns")
+    assert (hit.n_tokens, hit.reason, hit.edits) == (99, None, ())
+    # There are no edits in such a file: what is before one is found, and nothing behind it.
+    hit = store.load_session(cache, hit.tokens, edits=[Edit(40, digest("struck"))])
+    assert (hit.n_tokens, hit.edits) == (40, ())
+    for write in (
+        lambda: store.save_session(cache, cache.tokens, name="b"),
+        lambda: store.delete_session("turns"),
+        lambda: store.prune(max_bytes=0),
+    ):
+        with pytest.raises(ReadOnlyStoreError):
+            write()
+
+
+def version_of(path):
+    with raw(path) as connection:
+        return connection.execute("PRAGMA user_version").fetchone()[0]
+
+
+def test_an_older_file_is_upgraded_when_it_is_opened(older_path):
+    with kvstore.open(older_path, chunk_n_tokens=32) as store:
+        assert not store.read_only
+        assert store.verify().ok
+        cache = computed(TOKENS)
+        cache.edit(13, "struck")
+        store.save_session(cache, TOKENS, name="edited")
+    assert version_of(older_path) == FORMAT_VERSION
+    with kvstore.open(older_path, chunk_n_tokens=32) as store:
+        assert store.load_session(BytesCache(), name="turns").n_tokens == 99
+        assert store.load_session(BytesCache(), name="edited").edits == cache.edits
+        assert store.load_session(BytesCache(), TOKENS).n_tokens == 13
+
+
+def test_an_older_file_that_is_only_read_is_not_upgraded(older_path):
+    check_older(older_path)
+    assert version_of(older_path) == 1
+    assert [path.name for path in older_path.parent.iterdir()] == [older_path.name]
+
+
+def test_who_reads_an_older_file_goes_on_when_it_is_upgraded_meanwhile(older_path):
+    with kvstore.open(older_path, read_only=True, chunk_n_tokens=32) as reader:
+        assert reader.load_session(BytesCache(), name="turns").n_tokens == 99
+        with kvstore.open(older_path, chunk_n_tokens=32) as store:
+            cache = computed(TOKENS)
+            cache.edit(13, "struck")
+            store.save_session(cache, TOKENS, name="edited")
+        assert reader.load_session(BytesCache(), name="turns").n_tokens == 99
+        assert reader.load_session(BytesCache(), TOKENS).n_tokens == 13
+        assert reader.load_session(BytesCache(), name="edited").edits == cache.edits
+        assert reader.verify().ok
+
+
+def test_several_that_open_an_older_file_at_once_upgrade_it_once(older_path):
+    def use(number):
+        with kvstore.open(older_path, chunk_n_tokens=32) as store:
+            save(store, [number] * 20, name=str(number))
+            return store.read_only
+
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(use, range(4))] == [False] * 4
+    with kvstore.open(older_path, read_only=True, chunk_n_tokens=32) as store:
+        assert store.verify().ok
+        assert {one.name for one in store.sessions()} >= {"0", "1", "2", "3", "turns"}
+
+
+@pytest.mark.parametrize(
+    "tampering",
+    [
+        "UPDATE alembic_version SET version_num = '0002'",
+        "UPDATE alembic_version SET version_num = 'zzz'",
+        "UPDATE alembic_version SET version_num = ''",
+        "UPDATE alembic_version SET version_num = 'head'",
+        "UPDATE alembic_version SET version_num = CAST(x'ff' AS TEXT)",
+        "UPDATE alembic_version SET version_num = x'30303031'",
+        "INSERT INTO alembic_version VALUES ('0002')",
+        "DELETE FROM alembic_version",
+    ],
+)
+def test_an_older_file_of_other_migrations_is_refused_and_left_alone(older_path, tampering):
+    with raw(older_path) as connection:
+        connection.execute(tampering)
+    before = older_path.read_bytes()
+    with pytest.raises(SchemaMismatchError, match="alembic_version"):
+        kvstore.open(older_path)
+    assert older_path.read_bytes() == before
+    check_older(older_path)  # a reader ignores what that table says
+
+
+@pytest.mark.parametrize("n_statements", range(6))
+def test_an_upgrade_that_fails_leaves_the_older_file(
+    older_path, n_statements, tmp_path_factory, monkeypatch
+):
+    scripts = tmp_path_factory.mktemp("scripts") / "migrations"
+    shutil.copytree(migrations_dir(), scripts, ignore=shutil.ignore_patterns("__pycache__"))
+    with (scripts / "versions" / "0002_edits.py").open("a", encoding="utf-8") as script:
+        script.write(f"\nSTATEMENTS = (*STATEMENTS[:{n_statements}], 'no statement')\n")
+    monkeypatch.setattr("kvstore.db.migrate.migrations_dir", lambda: scripts)
+    before = older_path.read_bytes()
+    with pytest.raises(StoreError, match='near "no"'):
+        kvstore.open(older_path)
+    assert older_path.read_bytes() == before
+    monkeypatch.undo()
+    check_older(older_path)
+    kvstore.open(older_path).close()
+    assert version_of(older_path) == FORMAT_VERSION
 
 
 # ------------------------------------------------------------------- read-only
@@ -355,18 +486,30 @@ def as_nobody(action):
     return text
 
 
-@pytest.fixture
-def public_path(saved_path, tmp_path_factory):
-    """The saved file where an unprivileged user reaches it."""
-    import tempfile
-
+@contextmanager
+def published(saved):
+    """A copy of a file where an unprivileged user reaches it."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         path = Path(folder) / "sessions.db"
-        shutil.copy(saved_path, path)
+        shutil.copy(saved, path)
         path.chmod(0o666)
         yield path
         Path(folder).chmod(0o777)
+
+
+@pytest.fixture
+def public_path(saved_path):
+    """The saved file where an unprivileged user reaches it."""
+    with published(saved_path) as path:
+        yield path
+
+
+@pytest.fixture
+def public_older_path(older_path):
+    """The file of version 1 where an unprivileged user reaches it."""
+    with published(older_path) as path:
+        yield path
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -403,6 +546,29 @@ class TestPermissions:
                 assert store.verify().ok
 
         assert as_nobody(action) == "ok"
+
+    @pytest.mark.parametrize("what", ["file", "folder", "both"])
+    def test_an_older_file_that_may_not_be_written_is_read_as_it_is(self, public_older_path, what):
+        path = public_older_path
+        before = path.read_bytes()
+        if what != "folder":
+            path.chmod(0o444)
+        if what != "file":
+            path.parent.chmod(0o555)
+
+        def action():
+            with kvstore.open(path, chunk_n_tokens=32) as store:
+                check_read_only(store)
+
+        assert as_nobody(action) == "ok"
+        assert path.read_bytes() == before
+
+    def test_a_tampered_older_file_that_may_not_be_written_is_refused(self, public_older_path):
+        path = public_older_path
+        with raw(path) as connection:
+            connection.execute("ALTER TABLE chunks ADD COLUMN extras BLOB NOT NULL DEFAULT x''")
+        path.parent.chmod(0o555)
+        assert as_nobody(lambda: kvstore.open(path)).startswith("SchemaMismatchError")
 
     def test_a_read_only_folder_with_a_wal_has_its_own_error(self, public_path):
         wal = public_path.with_name("sessions.db-wal")

@@ -76,7 +76,6 @@ def open_database(path: Path, *, read_only: bool, busy_timeout_seconds: float) -
                 _migrate(engine, path)
                 with db.read_transaction(engine) as connection:
                     _check_schema(connection, path, newer=False)
-                    _check_upgraded(connection, path)
             elif version < FORMAT_VERSION:
                 engine.dispose()
                 engine = db.make_engine(
@@ -218,13 +217,19 @@ def _check_schema(connection: sa.Connection, path: Path, *, newer: bool) -> None
         )
 
 
-def _check_upgraded(connection: sa.Connection, path: Path) -> None:
-    version = db.pragma(connection, "user_version")
-    if version != FORMAT_VERSION:  # the migrations ran, and found nothing to do
+def _check_revision(connection: sa.Connection, path: Path, version: int) -> None:
+    """Refuse an older file that does not say of its migrations what its version says.
+
+    Alembic would run others than those that are missing, or none; compared in SQL, since it
+    need not be text.
+    """
+    revision = f"{version:04}"
+    rows = connection.exec_driver_sql("SELECT version_num = ? FROM alembic_version", (revision,))
+    if rows.scalars().all() != [1]:
         raise SchemaMismatchError(
-            f"{path}: expected a file that can be upgraded to format version {FORMAT_VERSION}, "
-            f"found version {version} whose migrations are said to have run; the file was tampered "
-            "with or damaged: restore a copy"
+            f"{path}: expected {revision} in the table alembic_version of a file of format version "
+            f"{version}, found something else; the file was tampered with or damaged: restore a "
+            "copy"
         )
 
 
@@ -237,8 +242,11 @@ def _migrate(engine: sa.Engine, path: Path) -> None:
         if db.pragma(connection, "application_id") != db.APPLICATION_ID:
             if _read_objects(connection):  # somebody else's file came between
                 raise NotAStoreError(f"{path}: expected an empty file, found a database")
-        elif db.pragma(connection, "user_version") >= FORMAT_VERSION:
-            return  # another process did it meanwhile
+        else:
+            version = db.pragma(connection, "user_version")
+            if version >= FORMAT_VERSION:
+                return  # another process did it meanwhile
+            _check_revision(connection, path, version)
         upgrade(connection)
 
 
