@@ -91,12 +91,15 @@ Lineage: TypeAlias = tuple[tuple[int, bytes], ...]
 def read_extras(extras: bytes, start: int, stop: int) -> Lineage:
     """The edits that begin in a chunk ``[start, stop)``."""
     edits: list[tuple[int, bytes]] = []
-    for at in range(0, len(extras), 41):
-        item = extras[at : at + 41]
-        require(len(item) == 41, "extras: an item is cut off")
-        kind, offset, n, digest = struct.unpack("<BII32s", item)
+    at = 0
+    while at < len(extras):
+        require(len(extras) >= at + 9, "extras: an item is cut off")
+        kind, offset, n = struct.unpack_from("<BII", extras, at)
         require(kind == 1, "extras: an unknown kind")
-        require(n == 32, "extras: the length of a digest")
+        require(n in {0, 32}, "extras: the length of a digest")
+        digest = extras[at + 9 : at + 9 + n]
+        require(len(digest) == n, "extras: a digest is cut off")
+        at += 9 + n
         require(start + offset < stop, "extras: an edit outside of the chunk")
         require(not edits or edits[-1][0] < start + offset, "extras: the order of edits")
         edits.append((start + offset, digest))
@@ -106,7 +109,7 @@ def read_extras(extras: bytes, start: int, stop: int) -> Lineage:
 def extras_of(lineage: Lineage, start: int, stop: int) -> bytes:
     """The extras of a chunk ``[start, stop)`` of that lineage."""
     return b"".join(
-        b"\x01" + u32(position - start) + u32(32) + digest
+        b"\x01" + u32(position - start) + u32(len(digest)) + digest
         for position, digest in lineage
         if start <= position < stop
     )
@@ -316,7 +319,26 @@ def decode(codec: int, stored: bytes, raw_nbytes: int) -> bytes:
     if codec == 0:
         require(len(stored) == raw_nbytes, "raw: length")
         return stored
-    require(codec == 1, f"codec {codec} is unknown")
+    if codec == 1:
+        return zstd_frame(stored, raw_nbytes)
+    require(codec == 2, f"codec {codec} is unknown")
+    k = stored[0] if stored else 0
+    require(k in {2, 4, 8} and raw_nbytes % k == 0, "planes: their number")
+    require(len(stored) >= 1 + 5 * k, "planes: cut short")
+    planes, at = [], 1 + 5 * k
+    for how, n in struct.iter_unpack("<BI", stored[1:at]):
+        require(how in {0, 1}, "planes: how one is stored")
+        plane = stored[at : at + n]
+        at += n
+        plane = zstd_frame(plane, raw_nbytes // k) if how else plane
+        require(len(plane) == raw_nbytes // k, "planes: the length of one")
+        planes.append(plane)
+    require(at == len(stored), "planes: the length of all")
+    return bytes(byte for number in zip(*planes, strict=True) for byte in number)
+
+
+def zstd_frame(stored: bytes, raw_nbytes: int) -> bytes:
+    """What a single frame has, exactly ``raw_nbytes``."""
     try:
         require(stored[:4] == b"\x28\xb5\x2f\xfd", "zstd: no frame")
         frame = zstandard.get_frame_parameters(stored)

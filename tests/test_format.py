@@ -62,7 +62,14 @@ def read_json(path):
 
 KEYS = read_json(VECTORS / "v1" / "keys.json")
 EXTRAS = read_json(VECTORS / "v2" / "keys.json")
-BLOBS = read_json(VECTORS / "v1" / "blobs.json")
+BLOBS = {
+    verdict: [
+        vector
+        for version in ("v1", "v2")
+        for vector in read_json(VECTORS / version / "blobs.json")[verdict]
+    ]
+    for verdict in ("accepted", "rejected")
+}
 REJECTED = {
     (version, name): expected
     for version in ("v1", "v2")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import random
 import shutil
 import sqlite3
 import struct
@@ -63,7 +64,7 @@ METADATA = {
 
 
 class PatternCache(BytesCache):
-    """As ``BytesCache``, but some roles compress: both codecs occur in every file."""
+    """As ``BytesCache``, but some roles compress: raw blobs and others occur in every file."""
 
     def truth(self, index: int, position: int) -> bytes:
         content = super().truth(index, position)
@@ -134,6 +135,8 @@ def keys() -> dict[str, Any]:
         ([1, 2], 0, (Edit(0, first), Edit(1, second))),
         ([1, 2], 2**40, (Edit(2**40 - 1, first), Edit(2**40 + 1, second), Edit(2**40 + 2, first))),
         (list(range(256)), 256, (Edit(256, first), Edit(511, second))),
+        ([1, 2], 0, (Edit(0, first), Edit(1, b""))),
+        ([1, 2], 2, (Edit(0, first), Edit(2, b""), Edit(3, second))),
     ]
     one = item(1, first)
     rejected = {
@@ -145,7 +148,6 @@ def keys() -> dict[str, Any]:
         "kind_0": item(1, first, kind=0),
         "kind_2": item(1, first, kind=2),
         "kind_2_behind_an_edit": one + item(2, first, kind=2),
-        "digest_of_no_bytes": item(1, b"", nbytes=0),
         "digest_of_16_bytes": item(1, first[:16], nbytes=16),
         "digest_of_33_bytes": item(1, first + b"\x00", nbytes=33),
         "digest_of_4_gibibytes": item(1, first, nbytes=2**32 - 1),
@@ -173,6 +175,54 @@ def keys() -> dict[str, Any]:
         "rejected_extras": [
             {"name": name, "start": 8, "stop": 12, "extras": extras.hex()}
             for name, extras in rejected.items()
+        ],
+    }
+
+
+# ---------------------------------------------------------------- blobs.json
+
+
+def blobs() -> dict[str, list[dict[str, Any]]]:
+    """Payloads of the codec that version 1 does not have."""
+    plain, noise = bytes(100), random.Random(1).randbytes(100)
+    frame = bytes(codec.Zstd().encode(memoryview(plain)))
+    bomb = zstandard.ZstdCompressor(level=19).compress(bytes(1 << 20))
+
+    def stored(*planes: tuple[int, bytes], k: int | None = None) -> bytes:
+        headers = b"".join(struct.pack("<BI", how, len(body)) for how, body in planes)
+        number = len(planes) if k is None else k
+        return bytes([number]) + headers + b"".join(body for _, body in planes)
+
+    def entry(name: str, payload: bytes, raw_nbytes: int, *planes: bytes) -> dict[str, Any]:
+        decoded = bytes(byte for number in zip(*planes, strict=True) for byte in number)
+        about = {"name": name, "codec": 2, "raw_nbytes": raw_nbytes, "stored": payload.hex()}
+        return {**about, "decoded": decoded.hex()} if planes else about
+
+    raw, packed = (0, noise), (1, frame)
+    return {
+        "accepted": [
+            entry("planes_of_2", stored(raw, packed), 200, noise, plain),
+            entry("planes_of_4", stored(raw, raw, raw, packed), 400, noise, noise, noise, plain),
+            entry("planes_of_8", stored(*[raw, packed] * 4), 800, *[noise, plain] * 4),
+            entry("planes_all_raw", stored(raw, (0, plain)), 200, noise, plain),
+        ],
+        "rejected": [
+            entry("planes_empty", b"", 200),
+            entry("planes_of_1", stored(raw), 100),
+            entry("planes_of_3", stored(raw, raw, raw), 300),
+            entry("planes_of_2_said_to_be_4", stored(raw, raw, k=4), 200),
+            entry("planes_of_another_size", stored(raw, raw), 202),
+            entry("planes_of_half_a_number", stored(raw, raw), 201),
+            entry("planes_header_only", stored(raw, raw)[:11], 200),
+            entry("planes_header_cut", stored(raw, raw)[:8], 200),
+            entry("planes_truncated", stored(raw, raw)[:-1], 200),
+            entry("planes_trailing_byte", stored(raw, raw) + b"\x00", 200),
+            entry("planes_of_unequal_length", stored((0, noise[:99]), (0, noise + b"\x00")), 200),
+            entry("planes_stored_otherwise", stored(raw, (2, noise)), 200),
+            entry("planes_zstd_truncated", stored(raw, (1, frame[:-1])), 200),
+            entry("planes_zstd_trailing_byte", stored(raw, (1, frame + b"\x00")), 200),
+            entry("planes_zstd_bomb", stored(raw, (1, bomb)), 200),
+            entry("planes_zstd_of_another_size", stored(packed, packed), 400),
         ],
     }
 
@@ -662,6 +712,7 @@ def put_rejected(database: Path, base: Path, change: Callable[[Path], None]) -> 
 
 def main() -> None:
     put_json(VECTORS / "keys.json", keys())
+    put_json(VECTORS / "blobs.json", blobs())
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         described: dict[str, Any] = {}
