@@ -10,15 +10,16 @@ import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, ClassVar
 
 from kvstore.codec.zstd import Zstd
 from kvstore.errors import DecodeError
 
 _RAW, _ZSTD = 0, 1
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 _PLANE = struct.Struct("<BI")
 ITEMSIZES_NBYTES = (2, 4, 8)
 
@@ -43,6 +44,8 @@ class Planes:
 
     def encode(self, data: memoryview) -> memoryview:
         """``data``, numbers of ``itemsize_nbytes`` bytes, as planes."""
+        import numpy as np
+
         numbers = np.frombuffer(data, np.uint8).reshape(-1, self.itemsize_nbytes)
         headers = [bytes([self.itemsize_nbytes])]
         bodies: list[memoryview] = []
@@ -59,6 +62,8 @@ class Planes:
 
     def decode_into(self, stored: memoryview, destination: memoryview) -> None:
         """Decompress and interleave the planes."""
+        import numpy as np
+
         bodies = _bodies(stored)
         n_numbers, rest = divmod(destination.nbytes, len(bodies))
         if rest:
@@ -103,6 +108,8 @@ def _bodies(stored: memoryview) -> list[tuple[int, memoryview]]:
 
 def _plane(method: int, body: memoryview, place: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """One plane's bytes, decompressed to ``place`` where they have to be."""
+    import numpy as np
+
     if method == _ZSTD:
         _zstd.decode_into(body, place.data)
         return place
@@ -119,6 +126,8 @@ def _interleave(
     joined: npt.NDArray[np.uint16],
 ) -> None:
     """Put the planes' bytes side by side, two planes at a time: three times as fast as one."""
+    import numpy as np
+
     step = len(planes) // 2
     for number in range(step):
         low, high = planes[2 * number], planes[2 * number + 1]
@@ -131,6 +140,8 @@ def _interleave(
 
 def _scratch(nbytes: int) -> npt.NDArray[np.uint8]:
     """This thread's memory to decompress into; grows to what the largest blob needs."""
+    import numpy as np
+
     scratch: npt.NDArray[np.uint8] | None = getattr(_per_thread, "scratch", None)
     if scratch is None or scratch.nbytes < nbytes:
         scratch = _per_thread.scratch = np.empty(nbytes, np.uint8)
