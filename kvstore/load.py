@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
@@ -39,7 +39,8 @@ _INTEGER_TYPECODES = {"int64": "q", "int32": "i"}
 _MAX_N_ASKED_SESSIONS = 100
 """How many shortened sessions are looked at for the reason of a miss: bounds the time."""
 
-_MAX_PENDING_BLOBS = 8
+_BATCH_NBYTES = 1 << 20
+_MAX_PENDING_BATCHES = 4
 """How far the reader may run ahead of the decoders: bounds memory."""
 
 
@@ -191,8 +192,20 @@ class _Outcome:
     failure: str | None = None
 
 
+_Read: TypeAlias = tuple[LoadItem, bytes]
+"""A blob, and its stored bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decoding:
+    """Some blobs on their way; with ``stop``, the last ones of a chunk that ends there."""
+
+    done: Future[int]
+    stop: int | None
+
+
 class _Restore:
-    """Reads blobs in order and decodes them on the workers, a bounded step behind."""
+    """Reads blobs in order; the workers decode them, a bounded step behind."""
 
     def __init__(
         self, connection: sa.Connection, cache: LiveCache, workers: Executor, path: Path
@@ -201,6 +214,7 @@ class _Restore:
         self._cache = cache
         self._workers = workers
         self._path = path
+        self._valid_n_tokens = 0
         self._raw_nbytes = 0
         self._stored_nbytes = 0
 
@@ -213,52 +227,69 @@ class _Restore:
         cache = self._cache
         failure = plan.damage
         cache.truncate(plan.kept_n_tokens)
-        valid_n_tokens = plan.kept_n_tokens
+        self._valid_n_tokens = plan.kept_n_tokens
         try:
             with vendor_errors(self._path):
-                for step in plan.steps:
-                    self.step(step)
-                    if cache.layout.is_full:
-                        valid_n_tokens = step.stop
+                self.put_in_place(plan.steps)
             if plan.n_tokens > plan.kept_n_tokens:
                 self.derive(plan.n_tokens)
-                valid_n_tokens = plan.n_tokens
+                self._valid_n_tokens = plan.n_tokens
         except StoreError as error:
             failure = str(error)
         finally:
-            if valid_n_tokens < plan.n_tokens and not cache.layout.is_full:
-                valid_n_tokens = 0
+            if self._valid_n_tokens < plan.n_tokens and not cache.layout.is_full:
+                self._valid_n_tokens = 0
                 cache.truncate(0)
-            if valid_n_tokens > plan.kept_n_tokens:
-                edits = before(plan.lineage, valid_n_tokens)
-                cache.adopt(plan.ids[:valid_n_tokens], edits)
+            if self._valid_n_tokens > plan.kept_n_tokens:
+                edits = before(plan.lineage, self._valid_n_tokens)
+                cache.adopt(plan.ids[: self._valid_n_tokens], edits)
         return _Outcome(
-            n_tokens=valid_n_tokens,
+            n_tokens=self._valid_n_tokens,
             raw_nbytes=self._raw_nbytes,
             stored_nbytes=self._stored_nbytes,
             failure=failure,
         )
 
-    def step(self, step: LoadStep) -> None:
-        """Put the blobs of one chunk in place.
+    def put_in_place(self, steps: Sequence[LoadStep]) -> None:
+        """Read, decode and place all blobs.
 
         Returns when all of them have arrived and are verified; no worker writes
         any more, also after an exception.
         """
-        pending: deque[Future[int]] = deque()
+        pending: deque[_Decoding] = deque()
         with _all_settled(pending):
-            for item in step.items:
-                if len(pending) >= _MAX_PENDING_BLOBS:
+            for read, stop in self._batches(steps):
+                if len(pending) >= _MAX_PENDING_BATCHES:
                     self._take(pending)
-                stored = blobs.read_payload(self._connection, item.row.payload_id)
-                self._stored_nbytes += len(stored)
-                pending.append(self._workers.submit(_decode_item, self._cache, item, stored))
+                done = self._workers.submit(_decode_batch, self._cache, read)
+                pending.append(_Decoding(done=done, stop=stop))
             while pending:
                 self._take(pending)
 
-    def _take(self, pending: deque[Future[int]]) -> None:
+    def _batches(self, steps: Sequence[LoadStep]) -> Iterator[tuple[list[_Read], int | None]]:
+        """Stored blobs in order, as many at a time as are worth a worker's while.
+
+        With the last ones of a chunk comes where full tensors are in place up to then.
+        """
+        for step in steps:
+            batch: list[_Read] = []
+            batch_nbytes = 0
+            for item in step.items:
+                if batch_nbytes >= _BATCH_NBYTES:
+                    yield batch, None
+                    batch, batch_nbytes = [], 0
+                stored = blobs.read_payload(self._connection, item.row.payload_id)
+                self._stored_nbytes += len(stored)
+                batch_nbytes += len(stored)
+                batch.append((item, stored))
+            yield batch, step.stop
+
+    def _take(self, pending: deque[_Decoding]) -> None:
         """Wait for the oldest decode; it stays pending if the wait is interrupted."""
-        self._raw_nbytes += pending[0].result()
+        oldest = pending[0]
+        self._raw_nbytes += oldest.done.result()
+        if oldest.stop is not None and self._cache.layout.is_full:
+            self._valid_n_tokens = oldest.stop
         pending.popleft()
 
     def derive(self, n_tokens: int) -> None:
@@ -268,6 +299,11 @@ class _Restore:
             if elements is not None:
                 content = array(_INTEGER_TYPECODES[spec.dtype], elements)
                 self._cache.buffer(tensor)[:] = memoryview(content).cast("B")
+
+
+def _decode_batch(cache: LiveCache, read: Sequence[_Read]) -> int:
+    """Verify some blobs and put what is wanted of them in place; returns the bytes put."""
+    return sum(_decode_item(cache, item, stored) for item, stored in read)
 
 
 def _decode_item(cache: LiveCache, item: LoadItem, stored: bytes) -> int:
@@ -294,14 +330,14 @@ def _decode_item(cache: LiveCache, item: LoadItem, stored: bytes) -> int:
 
 
 @contextmanager
-def _all_settled(pending: Sequence[Future[int]]) -> Iterator[None]:
+def _all_settled(pending: Sequence[_Decoding]) -> Iterator[None]:
     """Wait for every pending decode at the end, whatever happened."""
     try:
         yield
     finally:
-        for future in pending:
-            if not future.cancel():
-                future.exception()
+        for decoding in pending:
+            if not decoding.done.cancel():
+                decoding.done.exception()
 
 
 def _wanted(

@@ -25,4 +25,7 @@ class Raw:
             raise DecodeError(
                 f"raw blob: expected {destination.nbytes} bytes, found {stored.nbytes}"
             )
-        destination[:] = stored
+        import numpy as np
+
+        # Unlike a memoryview's own copy, it lets other threads run meanwhile.
+        np.copyto(np.frombuffer(destination, np.uint8), np.frombuffer(stored, np.uint8))

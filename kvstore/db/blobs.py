@@ -33,6 +33,21 @@ class BlobRow:
     payload_nbytes: int | None
 
 
+_COLUMNS = (
+    blobs.c.chunk_id,
+    blobs.c.tensor,
+    blobs.c.start,
+    blobs.c.stop,
+    blobs.c.codec,
+    blobs.c.raw_nbytes,
+    blobs.c.stored_nbytes,
+    blobs.c.checksum,
+    blobs.c.payload_id,
+    sa.func.length(payloads.c.data),
+)
+"""In the order of ``BlobRow``."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewBlob:
     """An encoded blob on its way into the file."""
@@ -82,7 +97,7 @@ def insert(connection: sa.Connection, chunk_id: int, new_blobs: Sequence[NewBlob
 def of_chunk(connection: sa.Connection, chunk_id: int) -> list[BlobRow]:
     """The chunk's blobs in tensor order; reads no payload."""
     query = (
-        sa.select(blobs, sa.func.length(payloads.c.data).label("payload_nbytes"))
+        sa.select(*_COLUMNS)
         .select_from(blobs.outerjoin(payloads, payloads.c.id == blobs.c.payload_id))
         .where(blobs.c.chunk_id == chunk_id)
         .order_by(blobs.c.tensor, blobs.c.start)
@@ -113,10 +128,22 @@ def read_payload(connection: sa.Connection, payload_id: int) -> bytes:
 
 def _row(row: sa.Row[*tuple[Any, ...]]) -> BlobRow:
     """The row, if its columns have the types that they must have."""
-    numbers = ("tensor", "start", "stop", "codec", "raw_nbytes", "stored_nbytes", "payload_id")
-    if any(type(row._mapping[number]) is not int for number in numbers):
-        raise CorruptStoreError(f"blob of chunk row {row.chunk_id}: a column is not an integer")
-    return BlobRow(**row._mapping)
+    chunk_id, tensor, start, stop, codec, raw_nbytes, stored_nbytes, checksum, payload_id, n = row
+    numbers = (tensor, start, stop, codec, raw_nbytes, stored_nbytes, payload_id)
+    if any(type(number) is not int for number in numbers):
+        raise CorruptStoreError(f"blob of chunk row {chunk_id}: a column is not an integer")
+    return BlobRow(
+        chunk_id=chunk_id,
+        tensor=tensor,
+        start=start,
+        stop=stop,
+        codec=codec,
+        raw_nbytes=raw_nbytes,
+        stored_nbytes=stored_nbytes,
+        checksum=checksum,
+        payload_id=payload_id,
+        payload_nbytes=n,
+    )
 
 
 def delete(connection: sa.Connection, row: BlobRow) -> None:
