@@ -8,6 +8,7 @@ equal: what lies behind an edit never answers a look-up without it. ``schemas/FO
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import struct
 from collections.abc import Iterable, Sequence
@@ -105,8 +106,7 @@ def pack_extras(lineage: Lineage, start: int, stop: int) -> bytes:
     """
     return b"".join(
         _HEADER.pack(_EDIT, edit.start - start, len(edit.digest)) + edit.digest
-        for edit in lineage
-        if start <= edit.start < stop
+        for edit in _within(lineage, start, stop)
     )
 
 
@@ -125,7 +125,8 @@ def unpack_extras(extras: bytes, start: int, stop: int) -> Lineage:
         kind, offset, nbytes = _HEADER.unpack(header)
         position += _HEADER.size
         digest = extras[position : position + nbytes]
-        if kind != _EDIT or len(digest) != nbytes or start + offset >= stop:
+        is_behind = not edits or edits[-1].start < start + offset
+        if kind != _EDIT or len(digest) != nbytes or start + offset >= stop or not is_behind:
             raise InputError(f"extras: an item of kind {kind} and {nbytes} bytes at {offset}")
         edits.append(Edit(start + offset, digest))
         position += nbytes
@@ -142,10 +143,20 @@ def extras_up_to(lineage: Lineage, start: int, stop: int) -> Sequence[tuple[byte
 
     For each, the position up to which such a chunk can have the same content: the next edit.
     """
-    edits = [edit for edit in lineage if start <= edit.start < stop]
+    edits = _within(lineage, start, stop)
     ends = [*(edit.start for edit in edits), stop]
     return [
-        (pack_extras(tuple(edits[:number]), start, stop), end)
+        (pack_extras(edits[:number], start, stop), end)
         for number, end in enumerate(ends)
         if end > start
     ]
+
+
+def _within(lineage: Lineage, start: int, stop: int) -> Lineage:
+    """The edits that begin in ``[start, stop)``; found by halving, for chunk after chunk asks."""
+    first = bisect.bisect_left(lineage, start, key=_start)
+    return lineage[first : bisect.bisect_left(lineage, stop, lo=first, key=_start)]
+
+
+def _start(edit: Edit) -> int:
+    return edit.start

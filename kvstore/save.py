@@ -109,7 +109,55 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
             chunks already written stay as cache, the session is unchanged.
     """
     began = time.perf_counter()
-    first = _save_before_edit(database, request, workers)
+    before = _save_before_edits(database, request, workers)
+    saved = _save(database, request, workers)
+    if not before:
+        return saved
+    parts = [*before, saved.result]
+    n_new_tokens = sum(part.n_new_tokens for part in parts)
+    result = replace(
+        saved.result,
+        n_new_tokens=n_new_tokens,
+        n_present_tokens=len(request.ids) - n_new_tokens,
+        raw_nbytes=sum(part.raw_nbytes for part in parts),
+        stored_nbytes=sum(part.stored_nbytes for part in parts),
+        seconds=time.perf_counter() - began,
+    )
+    return replace(saved, result=result)
+
+
+def _save_before_edits(
+    database: Database, request: SaveRequest, workers: Executor
+) -> list[SaveResult]:
+    """Store what lies before the edits of a chunk in chunks without them, where it is not yet.
+
+    The edited chunk borrows from these. Otherwise no look-up without the edit would find it.
+    Of many edits in one chunk only the first and the last count.
+    """
+    size = request.chunk_n_tokens
+    by_chunk: dict[int, list[int]] = {}
+    for number, edit in enumerate(request.lineage):
+        if edit.start % size:
+            by_chunk.setdefault(edit.start // size, []).append(number)
+    done = []
+    for numbers in by_chunk.values():
+        for number in sorted({numbers[0], numbers[-1]}):
+            before = replace(
+                request,
+                ids=request.ids[: request.lineage[number].start],
+                lineage=request.lineage[:number],
+                name=None,
+            )
+            with db.read_transaction(database.engine) as connection:
+                is_there = has_last_chunk(connection, before)
+            if not is_there:
+                done.append(_save(database, before, workers).result)
+    return done
+
+
+def _save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
+    """One save, again and again until nobody is in its way."""
+    began = time.perf_counter()
     saver = _Saver(database, request, workers)
     for _ in range(_MAX_ATTEMPTS):
         try:
@@ -127,35 +175,17 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
             f"{database.path}: other processes kept deleting, or building on, what this save "
             "is to write; try again"
         )
-    n_new_tokens = saver.n_new_tokens + (first.n_new_tokens if first else 0)
     result = SaveResult(
         name=request.name,
         n_tokens=len(request.ids),
         n_exact_tokens=n_exact_tokens(request.lineage, len(request.ids)),
-        n_new_tokens=n_new_tokens,
-        n_present_tokens=len(request.ids) - n_new_tokens,
-        raw_nbytes=saver.raw_nbytes + (first.raw_nbytes if first else 0),
-        stored_nbytes=saver.stored_nbytes + (first.stored_nbytes if first else 0),
+        n_new_tokens=saver.n_new_tokens,
+        n_present_tokens=len(request.ids) - saver.n_new_tokens,
+        raw_nbytes=saver.raw_nbytes,
+        stored_nbytes=saver.stored_nbytes,
         seconds=time.perf_counter() - began,
     )
     return Saved(result=result, revision=saver.revision)
-
-
-def _save_before_edit(
-    database: Database, request: SaveRequest, workers: Executor
-) -> SaveResult | None:
-    """Store what lies before the last edit in a chunk without it; None if that is there already.
-
-    The edited chunk borrows from it. Otherwise no look-up without the edit would find it.
-    """
-    if not request.lineage:
-        return None
-    *earlier, last = request.lineage
-    before = replace(request, ids=request.ids[: last.start], lineage=tuple(earlier), name=None)
-    with db.read_transaction(database.engine) as connection:
-        if has_last_chunk(connection, before):
-            return None
-    return save(database, before, workers).result
 
 
 def _check_name(connection: sa.Connection, request: SaveRequest, name: str) -> int | None:

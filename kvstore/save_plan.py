@@ -19,7 +19,7 @@ from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import LiveCache
 from kvstore.lineage import Lineage, pack_extras
-from kvstore.match import ChunkMatch, pieces, siblings
+from kvstore.match import ChunkMatch, is_genuine, pieces, siblings
 from kvstore.prefix import Key, chunk_key, full_chunk_keys, root_key
 from kvstore.ranges import Range, clip, subtract
 from kvstore.thinning import keeps_checkpoint
@@ -137,9 +137,12 @@ def has_last_chunk(connection: sa.Connection, request: SaveRequest) -> bool:
     )
     keys = full_chunk_keys(root, request.ids[:start], request.lineage, chunk_n_tokens=size)
     parent_key = keys[-1] if keys else root
+    if not ids:
+        return True
+    extras = pack_extras(request.lineage, start, start + len(ids))
     try:
-        found = siblings(connection, parent_key, ids, request.lineage, start=start)
-        return not ids or any(n_shared == len(ids) for _, n_shared in found)
+        found = chunks.neighbours(connection, parent_key, ids, extras=extras)
+        return any(one.tokens[: len(ids)] == ids and is_genuine(one, start) for one in found)
     except CorruptStoreError:
         return False
 

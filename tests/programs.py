@@ -112,6 +112,7 @@ SPECS: dict[str, Spec] = {
     "named": Spec(maker="configured"),
     "unnamed": Spec(maker="configured_without_names"),
     "two_methods": Spec(maker="two_methods"),
+    "encoder_beside": Spec(maker="encoder_beside", params={"n_kv_heads": 4, "head_dim": 64}),
     # Rings: local layers keep a window of the last positions, and attention sinks.
     "ring": Spec(options=(*_SDPA, "model.local_global_attention=[0,64]"), max_seq=64),
     "ring_only": Spec(
@@ -538,6 +539,19 @@ def _make_two_methods(spec: Spec, work: Path) -> Path:
     return _lower(methods, config, _constants(spec), work / "program.pte")
 
 
+def _make_encoder_beside(spec: Spec, work: Path) -> Path:
+    """A method without state, which has the cache's memory planned all the same."""
+    import torch
+
+    from runtime_adapter.export import kv_cache_config
+
+    methods = {
+        "encode": torch.export.export(torch.nn.Linear(4, 4).eval(), (torch.ones(2, 4),)),
+        "forward": _exported(_model(spec), n_tokens=2, max_n_tokens=spec.max_seq - 1),
+    }
+    return _lower(methods, kv_cache_config(), _constants(spec), work / "program.pte")
+
+
 def _make_model(name: str, spec: Spec, work: Path) -> Path:
     """A model of ``tests.models``, with the exporter's calls written out."""
     import torch
@@ -609,6 +623,7 @@ _MAKERS = {
     "configured_without_names": _make_configured_without_names,
     "external_weights": _make_external_weights,
     "two_methods": _make_two_methods,
+    "encoder_beside": _make_encoder_beside,
     "gemma4": functools.partial(_make_model, "Gemma4"),
     "two_shapes": functools.partial(_make_model, "TwoShapes"),
     "turboquant": functools.partial(_make_model, "TurboQuant"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tempfile
 from array import array
 from pathlib import Path
@@ -237,6 +238,47 @@ def test_an_edit_at_the_border_of_a_chunk_needs_no_chunk_of_its_own(store, start
     restored = BytesCache()
     assert store.load_session(restored, name="a").n_tokens == 29
     assert restored.wrong() == []
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [(5, 12, "struck")],
+        [(5, 16, "struck")],
+        [(5, 12, "struck"), (16, 20, "set")],
+        [(5, 30, "struck"), (6, 30, "set"), (16, 30, "set"), (24, 30, "set")],
+        [(5, 8, "struck"), (10, 12, "set"), (11, 13, "set"), (12, 14, "set")],
+    ],
+)
+def test_whatever_is_edited_later_the_exact_start_is_found(store, edits):
+    cache = computed(TOKENS, *edits)
+    store.save_session(cache, TOKENS, name="a")
+    restored = BytesCache()
+    assert store.load_session(restored, TOKENS).n_tokens == 5
+    assert restored.wrong() == []
+    restored = BytesCache()
+    assert store.load_session(restored, name="a").n_tokens == 29
+    assert restored.wrong() == []
+
+
+def test_an_edit_for_every_token_is_stored_in_few_chunks(open_store):
+    tokens = list(range(120))
+    cache = BytesCache(layout(n_layers=1))
+    for token in tokens:
+        cache.compute([token])
+        cache.edit(len(cache.tokens) - 1, f"set {token}")
+    store = open_store(chunk_n_tokens=64)
+    store.save_session(cache, tokens, name="a")
+    assert store.stats().n_chunks <= 6
+    restored = BytesCache(layout(n_layers=1))
+    assert store.load_session(restored, name="a").n_tokens == 119
+    assert restored.wrong() == []
+
+
+def test_extras_that_go_on_and_on_are_refused_where_they_go_wrong():
+    item = struct.pack("<BII", 1, 0, 0)
+    with pytest.raises(InputError, match="at 0"):
+        unpack_extras(item * 4_000_000, 0, 1 << 16)
 
 
 STEPS = st.lists(

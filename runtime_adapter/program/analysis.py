@@ -23,7 +23,7 @@ from runtime_adapter.pte.arguments import SchemaOf, no_schemas
 from runtime_adapter.pte.delegate_names import buffer_names
 from runtime_adapter.pte.file import ProgramFile, read_program, whole_tables
 from runtime_adapter.pte.fingerprint import method_digest, program_digest, weights_digest
-from runtime_adapter.pte.instructions import MethodGraph, read_method
+from runtime_adapter.pte.instructions import MethodGraph, check_planned_memory, read_method
 from runtime_adapter.state.arithmetic import Arithmetic
 from runtime_adapter.state.companions import find_foreign_state, shares_cache
 from runtime_adapter.state.dataflow import Dataflow
@@ -270,6 +270,7 @@ def _read_methods(
     """The methods by name, and the results of those that only give a constant."""
     metadata: dict[str, int | float | bool | str | None] = {}
     graphs: dict[str, MethodGraph] = {}
+    planned: list[tuple[Any, MethodGraph]] = []
     for plan in file.program.execution_plan:
         graph = read_method(
             plan,
@@ -277,10 +278,12 @@ def _read_methods(
             read_constant=file.read_constant,
             schema_of=schema_of,
         )
+        planned.append((plan, graph))
         if not graph.steps and not graph.inputs and len(graph.outputs) == 1:
             metadata[graph.name] = graph.scalars.get(graph.outputs[0])
         else:
             graphs[graph.name] = graph
+    check_planned_memory(planned, source=str(file.path))
     if method not in graphs:
         raise ProgramSignatureError(
             f"{file.path}: expected a method {method!r}, found {', '.join(graphs) or 'none'}; "

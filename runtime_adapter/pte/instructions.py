@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +130,7 @@ def read_method(
     Raises:
         CorruptProgramError: an instruction points at a value, operator or delegate that
             does not exist, or calls an operator with arguments that its schema, where
-            ``schema_of`` knows it, does not have; or far more memory is planned than used.
+            ``schema_of`` knows it, does not have.
     """
     values = [value.val for value in plan.values]
     kinds = [type(value).__name__ for value in values]
@@ -150,7 +150,6 @@ def read_method(
         for index, (kind, value) in enumerate(zip(kinds, values, strict=True))
         if kind not in _LISTS and kind != "Tensor"
     }
-    reader.check_memory(plan.non_const_buffer_sizes or (), tensors.values())
     steps: list[Step] = []
     for chain in plan.chains or ():
         for instruction in chain.instructions or ():
@@ -171,6 +170,32 @@ def read_method(
     )
 
 
+def check_planned_memory(methods: Sequence[tuple[Any, MethodGraph]], *, source: str) -> None:
+    """Refuse memory far beyond what lies in it: the runtime would allocate all of it first.
+
+    ``methods`` are all plans of the program with their normal forms: memory that one shares
+    with another is planned in both, also where only one of them uses it.
+
+    Raises:
+        CorruptProgramError: far more memory is planned than used.
+    """
+    used: dict[int, int] = {}
+    for _, graph in methods:
+        for tensor in graph.tensors.values():
+            if tensor.memory_id is not None:
+                itemsize = DTYPE_ITEMSIZE_NBYTES.get(tensor.dtype, _LARGEST_ITEM_NBYTES)
+                stop = tensor.memory_offset + math.prod(tensor.shape) * itemsize
+                used[tensor.memory_id] = max(used.get(tensor.memory_id, 0), stop)
+    for plan, graph in methods:
+        for memory_id, size in enumerate(plan.non_const_buffer_sizes or ()):
+            if size > 2 * used.get(memory_id, 0) + _SPARE_NBYTES:
+                raise CorruptProgramError(
+                    f"{source}, method {graph.name!r}: expected a whole program, found {size} "
+                    f"bytes planned as memory {memory_id}, of which tensors use "
+                    f"{used.get(memory_id, 0)}; copy or export the file again"
+                )
+
+
 class _Reader:
     """Turns one plan's instructions into steps, checking every index it follows."""
 
@@ -186,21 +211,6 @@ class _Reader:
             if not 0 <= index < len(self._kinds):
                 raise self._damaged(f"an instruction that points at value {index}")
         return tuple(indices)
-
-    def check_memory(self, sizes: Sequence[int], tensors: Iterable[TensorValue]) -> None:
-        """Refuse memory far beyond what lies in it: the runtime would allocate all of it first."""
-        used = dict.fromkeys(range(len(sizes)), 0)
-        for tensor in tensors:
-            if tensor.memory_id in used:
-                itemsize = DTYPE_ITEMSIZE_NBYTES.get(tensor.dtype, _LARGEST_ITEM_NBYTES)
-                stop = tensor.memory_offset + math.prod(tensor.shape) * itemsize
-                used[tensor.memory_id] = max(used[tensor.memory_id], stop)
-        for memory_id, size in enumerate(sizes):
-            if size > 2 * used[memory_id] + _SPARE_NBYTES:
-                raise self._damaged(
-                    f"{size} bytes planned as memory {memory_id}, of which tensors use "
-                    f"{used[memory_id]}"
-                )
 
     def items(self, kind: str, indices: Sequence[int]) -> tuple[int, ...]:
         """The items of a list of values; -1 is an optional item that is absent."""

@@ -39,7 +39,7 @@ _CHILD = (
 _REFUSED = 3
 """How the child ends if the program gave an error, which the caller will then see itself."""
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 120.0
 _SLOWEST_NBYTES_PER_S = 10_000_000
 """How long it may take: so much, and what such a slow disk needs for the file."""
 
@@ -71,9 +71,10 @@ def try_out(
         "operators": sorted(operators),
         "steps": steps,
     }
+    paths = list(filter(_is_text, sys.path))  # Python ignores entries of any other kind
     files = [file for file in (path, data_path) if file is not None]
     longest_s = _PATIENCE_S + sum(file.stat().st_size for file in files) / _SLOWEST_NBYTES_PER_S
-    command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), json.dumps(task)]
+    command = [sys.executable, "-c", _CHILD, json.dumps(paths), json.dumps(task)]
     with tempfile.TemporaryFile() as errors:
         try:
             status = subprocess.run(  # noqa: S603  this interpreter, no shell
@@ -139,6 +140,10 @@ def _leave_no_core_file() -> None:
 def _is_python(executable: str | None) -> bool:
     """Whether that is an interpreter: a frozen or embedding application names itself there."""
     return bool(executable) and Path(str(executable)).name.lower().startswith("python")
+
+
+def _is_text(entry: object) -> bool:
+    return isinstance(entry, str)
 
 
 def _name(status: int) -> str:

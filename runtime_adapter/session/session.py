@@ -409,6 +409,8 @@ class Session:
         other._overflow = self._overflow
         other._begin(self._conversation.copy(), name=name, sampler=self.sampler.copy())
         other._is_stored = name is not None
+        if other._claim is not None:
+            other._claim.renew()  # the row that was written above is the other's
         return other
 
     # ------------------------------------------------------------------ keeping it
@@ -452,6 +454,8 @@ class Session:
             if self.n_tokens:
                 self._save(store, name=self._name)
             elif self._name is not None and self._is_stored:
+                if self._claim is not None:
+                    self._claim.check()
                 store.delete_session(self._name)  # all of it was taken back
             saver.close()
         self._is_closed = True

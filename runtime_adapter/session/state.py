@@ -70,7 +70,7 @@ def unpack_state(
             tokens=tokens,
             cuts=Cuts.from_runs(data["cuts"], n_tokens=len(stored)),
             turns=[_turn(turn, n_tokens=len(tokens)) for turn in data["turns"]],
-            edits=lineage_of(Edit(*edit) for edit in data["edits"]),
+            edits=lineage_of(Edit(*one) for one in data["edits"]) if "edits" in data else edits,
             logits={int(position): _floats(raw) for position, raw in data["logits"].items()},
         )
         return conversation, Sampler.from_metadata(data["sampler"]), rest

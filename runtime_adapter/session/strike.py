@@ -186,7 +186,7 @@ def strike(cache: LiveTensors, rope: RopeSpec, start: int, stop: int) -> None:
     tokens = (*cache.tokens[:start], *cache.tokens[stop:])
     # All is read by now: from here on the cache is another one.
     held = Held(n_tokens=n_tokens, peak_n_tokens=n_tokens, restored_n_tokens=n_tokens)
-    edit = _edit_of(cache, start, stop)
+    edit = _edit_of(cache, rope, start, stop)
     cache.edit(tokens, held, Edit(start, os.urandom(32)))  # until all of it is written
     for move in moves:
         rows = turned.get(move.spec.layer, {}).get((move.spec.role, move.to), move.rows)
@@ -199,7 +199,7 @@ def strike(cache: LiveTensors, rope: RopeSpec, start: int, stop: int) -> None:
     cache.edit(tokens, held, edit)
 
 
-def _edit_of(cache: LiveTensors, start: int, stop: int) -> Edit:
+def _edit_of(cache: LiveTensors, rope: RopeSpec, start: int, stop: int) -> Edit:
     """What a strike is to those who look for its result: all that decides it.
 
     The tokens that stay are in the keys anyway. Which of them were moved, and which computed
@@ -208,6 +208,11 @@ def _edit_of(cache: LiveTensors, start: int, stop: int) -> Edit:
     hasher = hashlib.blake2b(digest_size=32, person=b"kvstore/strike")
     hasher.update(struct.pack("<QQQ", start, stop, cache.n_tokens))
     hasher.update(struct.pack(f"<{stop - start}Q", *cache.tokens[start:stop]))
+    for number, layer in sorted(rope.items()):
+        pairing = str(layer.pairing).encode("ascii")
+        n_frequencies = len(layer.frequencies)
+        hasher.update(struct.pack("<QQQ", number, len(pairing), n_frequencies) + pairing)
+        hasher.update(struct.pack(f"<{n_frequencies}d", *layer.frequencies))
     for edit in cache.edits:
         if edit.start >= start:  # it is part of this one from now on
             hasher.update(struct.pack("<QB", edit.start, len(edit.digest)) + edit.digest)

@@ -160,7 +160,6 @@ class Method:
             chains=[SimpleNamespace(instructions=self.calls)],
             operators=self.operators,
             delegates=self.delegates,
-            non_const_buffer_sizes=[0],
         )
 
     # What rings are made of: positions, slots, bookkeeping and masks.

@@ -326,8 +326,7 @@ def test_two_sessions_of_one_name_do_not_write_over_each_other(tmp_path, autosav
     ):
         older = Session(model, store, "chat", autosave=autosave)
         older.append(PROMPT)
-        if not autosave:
-            older.save()
+        older.flush() if autosave else older.save()
         newer = Session(model, store, "chat")
         newer.append([1, 2, 3])
         newer.save()
@@ -341,3 +340,36 @@ def test_two_sessions_of_one_name_do_not_write_over_each_other(tmp_path, autosav
         assert Session(model, store, "chat").tokens == newer.tokens
         assert Session(model, store, "mine").tokens == kept.tokens
         assert store.verify().ok
+
+
+def test_a_session_that_took_all_back_does_not_delete_what_another_saved(tmp_path):
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        older = Session(model, store, "chat", autosave=True)
+        older.append(PROMPT)
+        older.save()
+        newer = Session(model, store, "chat")
+        newer.append([1, 2, 3])
+        newer.save()
+        older.rewind(to=0)
+        with pytest.raises(SessionConflictError):
+            older.close()
+        assert Session(model, store, "chat").tokens == newer.tokens
+
+
+def test_a_named_fork_is_not_written_over_by_who_began_the_name_before(tmp_path):
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        session, other = Session(model, store, "chat"), Session(model, store, "mine")
+        session.append(PROMPT)
+        fork = session.fork("mine")
+        other.append([1, 2, 3])
+        with pytest.raises(SessionConflictError):
+            other.save()
+        fork.append([4])
+        fork.save()
+        assert Session(model, store, "mine").tokens == (*PROMPT, 4)

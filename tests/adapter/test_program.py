@@ -360,6 +360,17 @@ def test_memory_that_nothing_uses_is_corrupt_before_it_is_allocated(tmp_path: Pa
         Model.open(path, cache_dir=tmp_path / "cache")
 
 
+@slow
+def test_memory_that_only_another_method_uses_is_planned_in_both() -> None:
+    path = programs.path("encoder_beside")
+    sizes = {
+        plan.name: plan.non_const_buffer_sizes for plan in read_program(path).program.execution_plan
+    }
+    assert sizes["encode"][2] == sizes["forward"][2] > 1 << 20
+    with Model.open(path) as model:
+        assert len(model.forward([1, 2, 3], start=0)) == model.vocab_size
+
+
 def first_call(path: Path, operator: str) -> tuple[int, ...]:
     """The arguments of the first call of ``operator``, as indices of values."""
     plan = read_program(path).program.execution_plan[0]
@@ -401,15 +412,6 @@ def test_a_call_with_an_argument_of_another_kind_is_corrupt(
     path.write_bytes(with_another_argument(source, operator, argument, value))
     with pytest.raises(CorruptProgramError, match=expected):
         Model.open(path, cache_dir=tmp_path / "cache")
-
-
-def _with_another_argument(path: Path, operator: str, argument: int, value: int) -> bytes:
-    """A copy of a program whose first call of ``operator`` has another value for ``argument``."""
-    data = bytearray(path.read_bytes())
-    args = first_call(path, operator)
-    place = data.index(struct.pack(f"<I{len(args)}i", len(args), *args)) + 4
-    struct.pack_into("<i", data, place + 4 * argument, value)
-    return bytes(data)
 
 
 def test_a_bit_flip_in_the_weights_is_another_model(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import math
 from importlib.resources import files
@@ -274,6 +275,32 @@ def test_equal_strikes_of_equal_conversations_are_stored_once(tmp_path):
         session.strike(19, 20)
         session.strike(18, 19)
         assert session.save().n_exact_tokens == 18
+        assert store.verify().ok
+
+
+def test_strikes_with_other_rotations_share_nothing(tmp_path):
+    path = programs.path("stock_fp32")
+    with Model.open(path) as model, kvstore.open(tmp_path / "s.db", chunk_n_tokens=16) as store:
+        rope = {
+            number: dataclasses.replace(
+                layer, frequencies=tuple(one * (1 + 2e-6) for one in layer.frequencies)
+            )
+            for number, layer in rope_of(model).items()
+        }
+        edits = []
+        for name, given in (("measured", None), ("given", rope)):
+            session = Session(model, store, name)
+            session.append(WORDS[:60])
+            session.strike(20, 35, rope=given)
+            held = [view.get(0, 45) for view in model.cache.values()]
+            assert session.save().n_new_tokens > 0
+            edits.append(session.edits)
+            model.cache.truncate(0)
+            resumed = Session(model, store, name)
+            assert resumed.n_cached_tokens >= 44
+            for before, view in zip(held, model.cache.values(), strict=True):
+                assert torch.equal(before[:44], view.get(0, 44))
+        assert edits[0] != edits[1]
         assert store.verify().ok
 
 

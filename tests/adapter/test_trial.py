@@ -56,6 +56,14 @@ def test_a_program_is_tried_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert started.exists()
 
 
+def test_a_path_that_python_ignores_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    with Model.open(programs.path("stock_fp32"), cache_dir=tmp_path / "cache") as model:
+        assert len(model.forward([1], start=0)) == model.vocab_size
+
+
 def test_a_killed_trial_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _interpreter(tmp_path, name="python3", does="kill -KILL $$")
     monkeypatch.setattr(sys, "executable", fake)
