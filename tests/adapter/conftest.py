@@ -20,8 +20,11 @@ if os.environ.get("CI") and importlib.util.find_spec("executorch") is None:
 
 @pytest.fixture(scope="session")
 def model_cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache directory per test process, so that each program is analysed once in it."""
-    return tmp_path_factory.mktemp("model-cache")
+    """One cache directory for all processes of a test run: each program is tried out once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "model-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)

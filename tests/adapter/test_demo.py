@@ -65,6 +65,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_built_in_demo_restores_and_goes_on_the_same(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     db = tmp_path / "sessions.db"

@@ -185,6 +185,7 @@ def _numbers(layer):
     return read_keys(layer, start, stop).numbers()
 
 
+@slow
 def test_the_drift_of_the_logits_is_small():
     """The demo's model: its own continuation after the strike, scored against an exact cache."""
     prompt = builtin_prompt()
