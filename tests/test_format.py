@@ -553,6 +553,7 @@ def test_the_second_reader_restores_accepted_files_as_described(packed, tmp_path
     check_second_reader(unpacked(packed, tmp_path), description(packed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "packed", [one for one in files("databases/accepted/*.zst") if one.id.startswith("v1-")]
 )
@@ -776,7 +777,7 @@ STORES = (
 
 
 @given(*STORES)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 def test_both_readers_agree_on_a_few_stores(turns, one, chunk_n_tokens, checkpoint_n_tokens):
     check_both_readers(turns, one, chunk_n_tokens, checkpoint_n_tokens)
 

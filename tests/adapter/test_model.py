@@ -368,7 +368,7 @@ print("alive")
 """
 
 
-@pytest.mark.parametrize("how", ["close", "drop"])
+@pytest.mark.parametrize("how", ["close", pytest.param("drop", marks=pytest.mark.slow)])
 def test_a_live_tensor_outlives_its_model(model: Model, run_python: Any, how: str) -> None:
     done = run_python(VIEW_OUTLIVES_MODEL, model.path, how)
     assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")

@@ -26,9 +26,11 @@ print([name for name in sys.modules if name.startswith(("executorch.exir", "exec
 @pytest.mark.parametrize(
     ("needed", "loaded"),
     [
-        (["aten::add.out"], []),
+        pytest.param(["aten::add.out"], [], marks=pytest.mark.slow),
         (["aten::add.out", "llama::update_cache.out"], ["llama", "preprocess"]),
-        (["quantized_decomposed::add.out"], ["quantized_decomposed"]),
+        pytest.param(
+            ["quantized_decomposed::add.out"], ["quantized_decomposed"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_library_that_a_program_needs_is_loaded_and_no_other(
