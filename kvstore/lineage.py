@@ -130,7 +130,7 @@ def unpack_extras(extras: bytes, start: int, stop: int) -> Lineage:
             raise InputError(f"extras: an item of kind {kind} and {nbytes} bytes at {offset}")
         edits.append(Edit(start + offset, digest))
         position += nbytes
-    return lineage_of(edits)
+    return tuple(edits)
 
 
 def n_exact_tokens(lineage: Lineage, n_tokens: int) -> int:

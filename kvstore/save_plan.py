@@ -125,9 +125,9 @@ def plan_save(connection: sa.Connection, request: SaveRequest) -> SavePlan:
 
 
 def has_last_chunk(connection: sa.Connection, request: SaveRequest) -> bool:
-    """Whether another chunk begins with the tokens of the last, unfinished one of ``request``.
+    """Whether the tokens of ``request`` behind its full chunks lie in a chunk already.
 
-    Also if the last one is not unfinished.
+    Or begin one, with the same edits. True if there are none.
     """
     size = request.chunk_n_tokens
     start = len(request.ids) // size * size

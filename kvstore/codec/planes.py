@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, ClassVar
 from kvstore.codec.zstd import Zstd
 from kvstore.errors import DecodeError
 
-_RAW, _ZSTD = 0, 1
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_PLANE = struct.Struct("<BI")
 ITEMSIZES_NBYTES = (2, 4, 8)
+"""Sizes of the numbers that have planes."""
+
+_PLANE = struct.Struct("<BI")
+_RAW, _ZSTD = 0, 1
 
 _SAMPLE_NBYTES = 16 << 10
 """A plane whose first bytes do not get shorter is stored as it is, without trying the rest."""
@@ -43,7 +45,10 @@ class Planes:
     itemsize_nbytes: int = 2
 
     def encode(self, data: memoryview) -> memoryview:
-        """``data``, numbers of ``itemsize_nbytes`` bytes, as planes."""
+        """``data``, whole numbers of ``itemsize_nbytes`` bytes each, as planes.
+
+        At most ``1 + 5 * itemsize_nbytes`` bytes longer than ``data``.
+        """
         import numpy as np
 
         numbers = np.frombuffer(data, np.uint8).reshape(-1, self.itemsize_nbytes)
@@ -61,7 +66,11 @@ class Planes:
         return memoryview(b"".join([*headers, *bodies]))
 
     def decode_into(self, stored: memoryview, destination: memoryview) -> None:
-        """Decompress and interleave the planes."""
+        """Decompress the planes and put their bytes side by side.
+
+        Raises:
+            DecodeError: the bytes decode to anything but ``destination.nbytes`` bytes.
+        """
         import numpy as np
 
         bodies = _bodies(stored)
