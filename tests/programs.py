@@ -212,7 +212,7 @@ SPECS: dict[str, Spec] = {
 _NEEDED_PACKAGES = {"coreml": ("coremltools",), "coreml_planned": ("coremltools",)}
 """What ExecuTorch brings along on some platforms only."""
 
-FAST = ("stock_fp32", "quantized_ring", "plain", "lfm2", "named", "one_token", "external_weights")
+FAST = ("stock_fp32", "quantized_ring", "plain", "lfm2", "named", "external_weights")
 """What the fast tests use: ``make test`` makes these first, all at once."""
 
 

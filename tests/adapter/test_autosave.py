@@ -121,6 +121,7 @@ def test_a_conversation_that_was_taken_back_whole_is_gone(tmp_path):
         assert store.verify().ok
 
 
+@pytest.mark.slow
 def test_a_still_shows_what_the_cache_held_then(tmp_path):
     """What is computed meanwhile changes nothing of a save under way: rings and states neither."""
     from runtime_adapter.caches.still import Still
@@ -299,7 +300,7 @@ def test_another_models_conversation_is_saved_without_a_conflict(tmp_path):
             Session(model, store, "chat", autosave=True) as session,
         ):
             session.append(PROMPT)
-        with Model.open(programs.path("one_token")) as model:
+        with Model.open(programs.path("plain")) as model:
             with Session(model, store, "chat", autosave=True) as session:
                 pass
             assert Session(model, store, "chat").n_cached_tokens == 40

@@ -115,6 +115,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 def test_views_of_any_kind_outlive_method_and_program(named: Path, run_python: Any) -> None:
     done = run_python(VIEWS_OUTLIVE, named, buffer_name())
     assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")

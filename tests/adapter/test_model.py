@@ -38,11 +38,10 @@ slow = pytest.mark.slow
 SERVED = [
     "stock_fp32",
     "plain",
-    "one_token",
     "named",
     *(
         pytest.param(name, marks=slow)
-        for name in ("stock_fp16", "stock_bf16", "full_logits", "quantized_cache")
+        for name in ("one_token", "stock_fp16", "stock_bf16", "full_logits", "quantized_cache")
     ),
 ]
 
@@ -228,6 +227,7 @@ def test_after_a_failure_the_cache_holds_the_pieces_that_were_done(
     assert torch.equal(model.forward(tokens, start=0), resumed)
 
 
+@slow
 def test_two_programs_of_the_same_file_name_are_two_models(tmp_path: Path) -> None:
     """Also one after the other at the same place: a name says nothing."""
     tokens = prompt(30)

@@ -321,6 +321,7 @@ def test_a_session_that_another_saved_is_gone_on_with_too(store):
         assert session.append([3]).n_computed_tokens == 1
 
 
+@pytest.mark.slow
 def test_another_model_keeps_the_words_and_computes_its_own(store):
     with Model.open(programs.path("stock_fp32")) as model:
         session = Session(model, store, "chat")
