@@ -6,50 +6,62 @@ import sqlalchemy as sa
 
 from kvstore import codec
 from kvstore.checksum import blob_checksum
-from kvstore.codec import Codec
+from kvstore.codec import block_of
 from kvstore.db import blobs
 from kvstore.db.blobs import BlobRow, NewBlob
 from kvstore.errors import CorruptStoreError
+from kvstore.layout import TensorSpec
 from kvstore.prefix import Key
 
 
 def encode_blob(
-    key: Key, tensor: int, start: int, stop: int, *, decoded: memoryview, by: Codec
+    key: Key,
+    tensor: int,
+    spec: TensorSpec,
+    start: int,
+    stop: int,
+    *,
+    decoded: memoryview,
+    codec_name: str,
 ) -> NewBlob:
     """The blob of ``[start, stop)`` of a tensor in chunk ``key``, ready to be inserted.
 
-    ``decoded`` are the positions' bytes, token-major. Stored raw where ``by`` gains nothing.
+    ``decoded`` are the positions' bytes, token-major. Stored raw where the codec gains nothing.
     """
-    tag, stored = codec.encode(decoded, by)
+    encoded = codec.encode(decoded, block_of(spec, start, stop), codec_name, spec.role)
     return NewBlob(
         tensor=tensor,
         start=start,
         stop=stop,
-        codec=tag,
+        codec=encoded.tag,
         raw_nbytes=decoded.nbytes,
-        checksum=blob_checksum(key, tensor, start, stop, decoded),
-        stored=stored,
+        checksum=blob_checksum(key, tensor, start, stop, encoded.checked),
+        stored=encoded.stored,
+        is_fallback=encoded.is_fallback,
     )
 
 
-def decode_blob(row: BlobRow, key: Key, stored: bytes, destination: memoryview) -> None:
+def decode_blob(
+    row: BlobRow, key: Key, spec: TensorSpec, stored: bytes, destination: memoryview
+) -> None:
     """Fill ``destination`` with what ``stored`` decodes to, and check it.
 
-    ``key`` is that of the chunk that owns the row.
+    ``key`` is that of the chunk that owns the row, ``spec`` the tensor's.
 
     Raises:
         CorruptStoreError: it does not decode to as many bytes, or to others than were stored.
     """
-    codec.decode_into(row.codec, memoryview(stored), destination)
-    if blob_checksum(key, row.tensor, row.start, row.stop, destination) != row.checksum:
+    block = block_of(spec, row.start, row.stop)
+    checked = codec.decode_into(row.codec, memoryview(stored), block, destination)
+    if blob_checksum(key, row.tensor, row.start, row.stop, checked) != row.checksum:
         raise CorruptStoreError("the checksum does not match what is stored")
 
 
-def check_blob(connection: sa.Connection, row: BlobRow, key: Key) -> None:
+def check_blob(connection: sa.Connection, row: BlobRow, key: Key, spec: TensorSpec) -> None:
     """Read and decode a blob for its checksum's sake.
 
     Raises:
         CorruptStoreError: it is missing or damaged.
     """
     stored = blobs.read_payload(connection, row.payload_id)
-    decode_blob(row, key, stored, memoryview(bytearray(row.raw_nbytes)))
+    decode_blob(row, key, spec, stored, memoryview(bytearray(row.raw_nbytes)))

@@ -1,8 +1,9 @@
-"""The checksum of a blob: XXH3-128 over what the blob is and what it decodes to."""
+"""The checksum of a blob: XXH3-128 over what the blob is and what it holds."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 import xxhash
 
@@ -11,14 +12,18 @@ from kvstore.prefix import Key
 CHECKSUM_NBYTES = 16
 
 
-def blob_checksum(key: Key, tensor: int, start: int, stop: int, decoded: memoryview) -> bytes:
+def blob_checksum(
+    key: Key, tensor: int, start: int, stop: int, parts: Iterable[memoryview]
+) -> bytes:
     """16 bytes, big-endian (XXH3's canonical form).
 
     Hashed: the chunk's 32-byte key, ``u32 tensor``, ``u64 start``, ``u64 stop``
-    (little-endian), then the decoded bytes. The identity makes a row that was
+    (little-endian), then the decoded bytes, or the head and the codes of a lossy codec, given in
+    ``parts``. The identity makes a row that was
     swapped with another one fail like a flipped bit. It catches accidents; it
     does not authenticate.
     """
     hasher = xxhash.xxh3_128(key + struct.pack("<IQQ", tensor, start, stop))
-    hasher.update(decoded)
+    for part in parts:
+        hasher.update(part)
     return hasher.digest()

@@ -49,7 +49,7 @@ def find_damaged(
         if first + size > start:
             if chunk is None or chunk.tokens != ids[first : first + size]:
                 return key
-            damaged = _damaged_owner(connection, layout, chunk)
+            damaged = _damaged_owner(connection, space, layout, chunk)
             if damaged is not None:
                 return damaged
         parent_key, n_found = key, n_found + 1
@@ -63,7 +63,7 @@ def find_damaged(
         ]
     except CorruptStoreError:
         return None  # a save passes over such a row, or meets it by its key
-    found = (_damaged_owner(connection, layout, sibling) for sibling in siblings)
+    found = (_damaged_owner(connection, space, layout, sibling) for sibling in siblings)
     return next((key for key in found if key is not None), None)
 
 
@@ -80,7 +80,9 @@ def drop(engine: sa.Engine, key: Key) -> None:
             db.shrink(connection)
 
 
-def _damaged_owner(connection: sa.Connection, layout: Layout, chunk: ChunkRow) -> Key | None:
+def _damaged_owner(
+    connection: sa.Connection, space: SpaceRow, layout: Layout, chunk: ChunkRow
+) -> Key | None:
     """The chunk whose blobs or tokens are damaged: this one, or one that it borrows from."""
     if not is_genuine(chunk, chunk.start):
         return chunk.key
@@ -90,8 +92,8 @@ def _damaged_owner(connection: sa.Connection, layout: Layout, chunk: ChunkRow) -
         return _broken_base(connection, chunk)
     for piece in found:
         try:
-            for row in piece_blobs(connection, piece, layout):
-                check_blob(connection, row, piece.owner.key)
+            for row in piece_blobs(connection, piece, layout, is_lossy=space.is_lossy):
+                check_blob(connection, row, piece.owner.key, layout.tensors[row.tensor])
         except CorruptStoreError:
             return piece.owner.key
     return None

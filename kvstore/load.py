@@ -21,6 +21,7 @@ import sqlalchemy as sa
 
 from kvstore import regions
 from kvstore.blob import decode_blob
+from kvstore.codec import EXACT
 from kvstore.db import blobs, models, sessions
 from kvstore.db import engine as db
 from kvstore.db.schema import Database
@@ -31,6 +32,7 @@ from kvstore.kinds import kind_of
 from kvstore.layout import LiveCache
 from kvstore.lineage import Lineage, before
 from kvstore.load_plan import LoadItem, LoadPlan, LoadStep, plan_load
+from kvstore.lossy import adapter_of, mark_of, unmarked
 from kvstore.match import blob_raw_nbytes
 from kvstore.tokens import TokenIds, common_prefix_n_tokens
 
@@ -84,6 +86,8 @@ class LoadResult:
     were live already; only the others were read. ``tokens`` and ``metadata``
     are the session's own after a load by name. ``session`` names a session
     whose chunks served (None for unnamed saves), ``chunks`` their keys in hex.
+    ``codec`` is ``"exact"``, or the lossy codec that some of the tokens went through, now or
+    before; ``edits`` has a mark where that begins.
     ``raw_nbytes`` were restored from ``stored_nbytes`` read. ``edits`` says where
     what the cache holds now is not what the model computes.
     """
@@ -96,6 +100,7 @@ class LoadResult:
     detail: str
     tokens: TokenIds
     edits: Lineage
+    codec: str
     metadata: dict[str, Any] | None
     session: str | None
     chunks: tuple[str, ...]
@@ -106,11 +111,15 @@ class LoadResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """A checked call of ``load_session``: token ids with their lineage, or a session's name."""
+    """A checked call of ``load_session``: token ids with their lineage, or a session's name.
+
+    With token ids, ``codec_text`` is the lossy codec whose key space may serve too, or empty.
+    """
 
     cache: LiveCache
     ids: TokenIds | None
     lineage: Lineage
+    codec_text: str
     name: str | None
     namespace: str
     chunk_n_tokens: int
@@ -135,15 +144,10 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
     began = time.perf_counter()
     cache = request.cache
     with db.read_transaction(database.engine) as connection:
-        ids, lineage, metadata, revision = _wanted(connection, request, database)
-        space = models.find_space(
-            connection,
-            cache.fingerprint,
-            chunk_n_tokens=request.chunk_n_tokens,
-            namespace=request.namespace,
-        )
+        wanted = _wanted(connection, request, database)
+        ids = wanted.ids
         with vendor_errors(database.path):
-            plan = plan_load(connection, cache, space, ids, lineage)
+            plan = _plan(connection, request, wanted)
         outcome = _Restore(connection, cache, workers, database.path).run(plan)
 
         n_tokens = outcome.n_tokens
@@ -159,6 +163,8 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
         session = request.name
         if session is None and serving is not None:
             session = sessions.through_chunk(connection, serving.id)
+        edits, codec_text = plan.edits(n_tokens), plan.codec_text
+        is_lossy = bool(codec_text) and edits != before(plan.lineage, n_tokens)
         result = LoadResult(
             n_tokens=n_tokens,
             n_requested=len(ids),
@@ -167,8 +173,9 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
             reason=reason,
             detail=detail,
             tokens=ids,
-            edits=before(lineage, n_tokens),
-            metadata=metadata,
+            edits=edits,
+            codec=codec_text if is_lossy else EXACT,
+            metadata=wanted.metadata,
             session=session,
             chunks=tuple(match.chunk.key.hex() for match in used),
             raw_nbytes=outcome.raw_nbytes,
@@ -178,8 +185,43 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
     return Loaded(
         result=result,
         used_chunk_id=None if serving is None else serving.id,
-        revision=revision,
+        revision=wanted.revision,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """What to restore, and which lossy codec may serve; what else comes with a name."""
+
+    ids: TokenIds
+    lineage: Lineage
+    codec_text: str
+    metadata: dict[str, Any] | None = None
+    revision: Revision | None = None
+
+
+def _plan(connection: sa.Connection, request: LoadRequest, wanted: _Wanted) -> LoadPlan:
+    """The plan that gives most tokens: of exact content, or of what a lossy codec wrote."""
+    mark = mark_of(wanted.codec_text)
+    lineage = unmarked(wanted.lineage, mark)
+    plans = [
+        plan_load(
+            connection,
+            request.cache,
+            models.find_space(
+                connection,
+                request.cache.fingerprint,
+                chunk_n_tokens=request.chunk_n_tokens,
+                namespace=request.namespace,
+                adapter=adapter_of(text),
+            ),
+            wanted.ids,
+            lineage,
+            codec_text=text,
+        )
+        for text in dict.fromkeys(("", wanted.codec_text))
+    ]
+    return max(plans, key=lambda plan: plan.n_tokens)  # the exact one, if both give as many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,8 +283,8 @@ class _Restore:
                 self._valid_n_tokens = 0
                 cache.truncate(0)
             if self._valid_n_tokens > plan.kept_n_tokens:
-                edits = before(plan.lineage, self._valid_n_tokens)
-                cache.adopt(plan.ids[: self._valid_n_tokens], edits)
+                n_tokens = self._valid_n_tokens
+                cache.adopt(plan.ids[:n_tokens], plan.edits(n_tokens))
         return _Outcome(
             n_tokens=self._valid_n_tokens,
             raw_nbytes=self._raw_nbytes,
@@ -317,7 +359,7 @@ def _decode_item(cache: LiveCache, item: LoadItem, stored: bytes) -> int:
     if decoded is None:
         decoded = memoryview(bytearray(row.raw_nbytes))
     try:
-        decode_blob(row, item.key, stored, decoded)
+        decode_blob(row, item.key, spec, stored, decoded)
     except CorruptStoreError as error:
         raise CorruptStoreError(
             f"chunk {item.key.hex()[:12]}, {spec.name}, tokens [{row.start}, {row.stop}): {error}"
@@ -340,14 +382,12 @@ def _all_settled(pending: Sequence[_Decoding]) -> Iterator[None]:
                 decoding.done.exception()
 
 
-def _wanted(
-    connection: sa.Connection, request: LoadRequest, database: Database
-) -> tuple[TokenIds, Lineage, dict[str, Any] | None, Revision | None]:
-    """What to restore; the metadata and the revision that come with a name."""
+def _wanted(connection: sa.Connection, request: LoadRequest, database: Database) -> _Wanted:
+    """What to restore: the tokens that were given, or those of the named session."""
     if request.name is None:
         if request.ids is None:
             raise TypeError("a load needs token ids or a name")
-        return request.ids, request.lineage, None, None
+        return _Wanted(ids=request.ids, lineage=request.lineage, codec_text=request.codec_text)
     session = sessions.info(connection, namespace=request.namespace, name=request.name)
     if session is None:
         raise SessionNotFoundError(
@@ -363,7 +403,13 @@ def _wanted(
         lineage = sessions.lineage_of(connection, session.id)
     except CorruptStoreError:  # the row is met again on the way, where it is a reason to stop
         lineage = ()
-    return ids, lineage, session.metadata, sessions.revision_of(connection, session.id)
+    return _Wanted(
+        ids=ids,
+        lineage=lineage,
+        codec_text="" if session.codec == EXACT else session.codec,
+        metadata=session.metadata,
+        revision=sessions.revision_of(connection, session.id),
+    )
 
 
 def _explain(

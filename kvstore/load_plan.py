@@ -17,6 +17,7 @@ from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import LOGITS_ROLE, Layout, LiveCache
 from kvstore.lineage import Lineage, n_common_tokens
+from kvstore.lossy import mark_of, marked, unmarked
 from kvstore.match import ChunkMatch, Piece, longest_prefix, piece_blobs, pieces
 from kvstore.prefix import Key
 from kvstore.ranges import Range, clip, intersect, subtract, union
@@ -49,11 +50,14 @@ class LoadPlan:
     ``kept_n_tokens`` and will hold ``n_tokens``, at most ``limit_n_tokens``. The
     stored tokens match ``matched_n_tokens`` of the prompt; ``limited_by`` is the
     tensor that cannot serve as many, if there is one.
-    ``damage`` says what was found wrong on the way.
+    ``damage`` says what was found wrong on the way. ``codec_text`` is the lossy codec whose key
+    space it is, or empty; ``lineage`` is then without that codec's marks.
     """
 
     ids: TokenIds
     lineage: Lineage
+    live_edits: Lineage
+    codec_text: str
     space: SpaceRow | None
     limit_n_tokens: int
     kept_n_tokens: int
@@ -64,6 +68,12 @@ class LoadPlan:
     steps: tuple[LoadStep, ...]
     damage: str | None
 
+    def edits(self, n_tokens: int) -> Lineage:
+        """The lineage of the cache when it holds ``n_tokens`` after the load."""
+        mark = mark_of(self.codec_text)
+        start = self.kept_n_tokens
+        return marked(self.live_edits, self.lineage, mark, start=start, stop=n_tokens)
+
 
 def plan_load(
     connection: sa.Connection,
@@ -71,14 +81,18 @@ def plan_load(
     space: SpaceRow | None,
     ids: TokenIds,
     lineage: Lineage,
+    *,
+    codec_text: str,
 ) -> LoadPlan:
     """The longest prefix of ``ids`` that every tensor can serve, and the blobs that it takes."""
+    mark = mark_of(codec_text)
+    lineage = unmarked(lineage, mark)
     layout = cache.layout
     with_logits = any(
         tensor.role == LOGITS_ROLE and tensor.token_axis is None for tensor in layout.tensors
     )
     limit = min(len(ids) if with_logits else len(ids) - 1, cache.capacity_n_tokens)
-    kept = _kept(cache, ids, lineage, limit)
+    kept = _kept(cache, ids, lineage, limit, mark)
     matches: list[ChunkMatch] = []
     found: list[tuple[ChunkMatch, Piece, Sequence[BlobRow]]] = []
     damage: str | None = None
@@ -89,7 +103,7 @@ def plan_load(
             if layout.is_full and match.stop <= kept:
                 continue  # live already; not even its rows are needed
             found += [
-                (match, piece, piece_blobs(connection, piece, layout))
+                (match, piece, piece_blobs(connection, piece, layout, is_lossy=bool(mark)))
                 for piece in pieces(connection, match)
             ]
     except CorruptStoreError as error:
@@ -106,6 +120,8 @@ def plan_load(
     return LoadPlan(
         ids=ids,
         lineage=lineage,
+        live_edits=cache.edits,
+        codec_text=codec_text,
         space=space,
         limit_n_tokens=limit,
         kept_n_tokens=kept,
@@ -118,9 +134,12 @@ def plan_load(
     )
 
 
-def _kept(cache: LiveCache, ids: TokenIds, lineage: Lineage, limit_n_tokens: int) -> int:
+def _kept(
+    cache: LiveCache, ids: TokenIds, lineage: Lineage, limit_n_tokens: int, mark: bytes
+) -> int:
     """How many tokens at the start of the live cache can stay."""
-    common = n_common_tokens(array("Q", cache.tokens), cache.edits, ids, lineage)
+    live = unmarked(cache.edits, mark)
+    common = n_common_tokens(array("Q", cache.tokens), live, ids, lineage)
     kept = min(common, limit_n_tokens)
     held = cache.held
     if all(kind_of(spec).can_truncate(spec, held, kept) for spec in cache.layout.tensors):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from kvstore.codec import QUANTIZERS, may_lose
 from kvstore.db import blobs, chunks
 from kvstore.db.blobs import BlobRow
 from kvstore.db.chunks import ChunkRow
@@ -152,8 +153,12 @@ def blob_raw_nbytes(spec: TensorSpec, start: int, stop: int) -> int:
     return sum(run.n_slots for run in runs) * spec.slot_nbytes
 
 
-def piece_blobs(connection: sa.Connection, piece: Piece, layout: Layout) -> Sequence[BlobRow]:
+def piece_blobs(
+    connection: sa.Connection, piece: Piece, layout: Layout, *, is_lossy: bool
+) -> Sequence[BlobRow]:
     """The blobs of a piece's owner in tensor order, each row checked against the layout.
+
+    Only in a lossy key space, and only of tensors that may lose, is a lossy codec believed.
 
     Every number that later decides an allocation is checked here. A full tensor has
     exactly one blob over the owner's own tokens; a window has what was resident when
@@ -180,6 +185,8 @@ def piece_blobs(connection: sa.Connection, piece: Piece, layout: Layout) -> Sequ
                 f"{where}, {spec.name}: a {spec.kind} tensor never has tokens "
                 f"[{row.start}, {row.stop}) in one blob"
             )
+        if row.codec in QUANTIZERS and not (is_lossy and may_lose(spec)):
+            raise CorruptStoreError(f"{where}, {spec.name}: a lossy blob where all is exact")
         raw_nbytes = blob_raw_nbytes(spec, row.start, row.stop)
         if row.raw_nbytes != raw_nbytes:
             raise CorruptStoreError(

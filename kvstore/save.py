@@ -27,7 +27,6 @@ from kvstore.db.schema import Database
 from kvstore.db.sessions import Revision
 from kvstore.db.writing import write_transaction
 from kvstore.errors import BudgetError, SessionConflictError, StoreBusyError
-from kvstore.layout import LiveCache
 from kvstore.lineage import n_exact_tokens, pack_extras
 from kvstore.match import blob_raw_nbytes
 from kvstore.prefix import Key, full_chunk_keys
@@ -58,6 +57,10 @@ class SaveResult:
     ``n_new_tokens`` were not in the file before, ``n_present_tokens`` were;
     together they are ``n_tokens``. The first ``n_exact_tokens`` are what the model computes,
     and answer every look-up for them; those behind an edit only one with the same edits.
+    ``codec`` is ``"exact"``, or the lossy codec whose key space holds them: then only a look-up
+    with that codec finds them, ``n_exact_tokens`` is 0, and of the blobs written
+    ``n_fallback_blobs`` are exact after all: their numbers could not be held otherwise, or would
+    have taken more.
     ``raw_nbytes`` and ``stored_nbytes`` are the K and V written now, before and after the codec
     (a tail that became a full chunk is written once more, as one).
     """
@@ -67,6 +70,8 @@ class SaveResult:
     n_exact_tokens: int
     n_new_tokens: int
     n_present_tokens: int
+    codec: str
+    n_fallback_blobs: int
     raw_nbytes: int
     stored_nbytes: int
     seconds: float
@@ -119,6 +124,7 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
         saved.result,
         n_new_tokens=n_new_tokens,
         n_present_tokens=len(request.ids) - n_new_tokens,
+        n_fallback_blobs=sum(part.n_fallback_blobs for part in parts),
         raw_nbytes=sum(part.raw_nbytes for part in parts),
         stored_nbytes=sum(part.stored_nbytes for part in parts),
         seconds=time.perf_counter() - began,
@@ -178,9 +184,13 @@ def _save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
     result = SaveResult(
         name=request.name,
         n_tokens=len(request.ids),
-        n_exact_tokens=n_exact_tokens(request.lineage, len(request.ids)),
+        n_exact_tokens=(
+            0 if request.codec_text else n_exact_tokens(request.lineage, len(request.ids))
+        ),
         n_new_tokens=saver.n_new_tokens,
         n_present_tokens=len(request.ids) - saver.n_new_tokens,
+        codec=request.codec_text or codec.EXACT,
+        n_fallback_blobs=saver.n_fallback_blobs,
         raw_nbytes=saver.raw_nbytes,
         stored_nbytes=saver.stored_nbytes,
         seconds=time.perf_counter() - began,
@@ -228,6 +238,7 @@ class _Saver:
         self._superseded: list[int] = []
         self.revision: Revision | None = None
         self.n_new_tokens = 0
+        self.n_fallback_blobs = 0
         self.raw_nbytes = 0
         self.stored_nbytes = 0
 
@@ -305,14 +316,11 @@ class _Saver:
 
     def _encode(self, batch: Sequence[Write]) -> list[_Encoded]:
         """Start encoding every blob of the batch on the workers."""
-        cache = self._request.cache
         return [
             _Encoded(
                 write=write,
                 blobs=[
-                    self._workers.submit(
-                        _encode_part, cache, write.key, part, self._request.codec_name
-                    )
+                    self._workers.submit(_encode_part, self._request, write, part)
                     for part in write.parts
                 ],
             )
@@ -324,7 +332,7 @@ class _Saver:
         encoded = [(item.write, [blob.result() for blob in item.blobs]) for item in batch]
         request, now = self._request, clock.now_ms()
         need_nbytes = sum(blob.stored.nbytes for _, new in encoded for blob in new)
-        counted = (self.n_new_tokens, self.raw_nbytes, self.stored_nbytes)
+        counted = (self.n_new_tokens, self.n_fallback_blobs, self.raw_nbytes, self.stored_nbytes)
         try:
             with write_transaction(self._engine) as connection:
                 session_id = None
@@ -346,6 +354,7 @@ class _Saver:
                     request.cache.layout,
                     chunk_n_tokens=request.chunk_n_tokens,
                     namespace=request.namespace,
+                    adapter=request.adapter,
                     now_ms=now,
                 )
                 for write, new_blobs in encoded:
@@ -365,7 +374,7 @@ class _Saver:
                     held = {chunk.id for chunk in (*needed, tip) if chunk is not None}
                     keep_budget(connection, max_nbytes=request.max_nbytes, held=held)
         except BaseException:
-            self.n_new_tokens, self.raw_nbytes, self.stored_nbytes = counted
+            self.n_new_tokens, self.n_fallback_blobs, self.raw_nbytes, self.stored_nbytes = counted
             raise
         self._lease_id = lease_id  # only now is it so in the file
         return tip
@@ -407,6 +416,7 @@ class _Saver:
         if new.superseded_id is not None:
             self._superseded.append(new.superseded_id)
         self.n_new_tokens += new.n_new_tokens
+        self.n_fallback_blobs += sum(blob.is_fallback for blob in new_blobs)
         self.raw_nbytes += raw_nbytes
         self.stored_nbytes += stored_nbytes
         return Link(id=chunk_id, key=new.key)
@@ -457,6 +467,7 @@ class _Saver:
         blobs.insert(connection, write.chunk.id, added)
         raw_nbytes = sum(blob.raw_nbytes for blob in added)
         stored_nbytes = sum(blob.stored.nbytes for blob in added)
+        self.n_fallback_blobs += sum(blob.is_fallback for blob in added)
         chunks.add_nbytes(
             connection, write.chunk.id, raw_nbytes=raw_nbytes, stored_nbytes=stored_nbytes
         )
@@ -499,11 +510,19 @@ class _Saver:
                 eviction.release(connection, chunk_id)
 
 
-def _encode_part(cache: LiveCache, key: Key, part: Part, codec_name: str) -> NewBlob:
-    spec = cache.layout.tensors[part.tensor]
-    decoded = regions.gather(spec, cache.buffer(part.tensor), part.start, part.stop)
-    by = codec.codec_for(codec_name, itemsize_nbytes=spec.itemsize_nbytes)
-    return encode_blob(key, part.tensor, part.start, part.stop, decoded=decoded, by=by)
+def _encode_part(request: SaveRequest, write: Write, part: Part) -> NewBlob:
+    """One blob; lossy only in a full chunk, which is written once and for all.
+
+    A tail is exact: its tokens are encoded again, from the same numbers, when it is full.
+    """
+    cache, tensor = request.cache, part.tensor
+    spec, name = cache.layout.tensors[tensor], request.codec_names[tensor]
+    if write.n_tokens < request.chunk_n_tokens and name in codec.LOSSY:
+        name = codec.EXACT
+    decoded = regions.gather(spec, cache.buffer(tensor), part.start, part.stop)
+    return encode_blob(
+        write.key, tensor, spec, part.start, part.stop, decoded=decoded, codec_name=name
+    )
 
 
 def _needed(batch: Sequence[_Encoded], tip: Link | None) -> list[ChunkRow | Link]:

@@ -19,6 +19,7 @@ from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import LiveCache
 from kvstore.lineage import Lineage, pack_extras
+from kvstore.lossy import adapter_of
 from kvstore.match import ChunkMatch, is_genuine, pieces, siblings
 from kvstore.prefix import Key, chunk_key, full_chunk_keys, root_key
 from kvstore.ranges import Range, clip, subtract
@@ -40,7 +41,9 @@ _NO_BASE: tuple[ChunkRow | None, int] = (None, 0)
 class SaveRequest:
     """A checked call of ``save_session``: what the cache holds of ``ids`` and ``lineage``.
 
-    ``seen`` is the named session as its caller last saw it, or None.
+    ``codec_names`` has each tensor's codec, ``codec_text`` the lossy ones of them (empty if none
+    is), for which ``lineage`` is without their marks. ``seen`` is the named session as its caller
+    last saw it, or None.
     """
 
     cache: LiveCache
@@ -53,8 +56,24 @@ class SaveRequest:
     chunk_n_tokens: int
     max_nbytes: int | None
     checkpoint_n_tokens: int
-    codec_name: str
+    codec_text: str
+    codec_names: tuple[str, ...]
     seen: Revision | None
+
+    @property
+    def adapter(self) -> bytes:
+        """What the key space is for, besides model, chunk size and namespace."""
+        return adapter_of(self.codec_text)
+
+    @property
+    def root(self) -> Key:
+        """The root key of the key space that it is saved in."""
+        return root_key(
+            self.cache.fingerprint.model,
+            chunk_n_tokens=self.chunk_n_tokens,
+            namespace=self.namespace,
+            adapter=self.adapter,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +109,11 @@ class NewChunk:
     parts: tuple[Part, ...]
 
     @property
+    def n_tokens(self) -> int:
+        """Tokens that it covers, borrowed ones included."""
+        return len(self.ids)
+
+    @property
     def n_new_tokens(self) -> int:
         """Tokens that nothing in the file had."""
         return len(self.ids) - self.present_n_tokens
@@ -106,6 +130,11 @@ class FillIn:
     def key(self) -> Key:
         """The existing chunk's key."""
         return self.chunk.key
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the chunk covers."""
+        return self.chunk.n_tokens
 
 
 Write = NewChunk | FillIn
@@ -132,9 +161,7 @@ def has_last_chunk(connection: sa.Connection, request: SaveRequest) -> bool:
     size = request.chunk_n_tokens
     start = len(request.ids) // size * size
     ids = request.ids[start:]
-    root = root_key(
-        request.cache.fingerprint.model, chunk_n_tokens=size, namespace=request.namespace
-    )
+    root = request.root
     keys = full_chunk_keys(root, request.ids[:start], request.lineage, chunk_n_tokens=size)
     parent_key = keys[-1] if keys else root
     if not ids:
@@ -164,13 +191,7 @@ class _Planner:
             (start, array("Q", request.ids[start : start + size]))
             for start in range(0, len(request.ids), size)
         ]
-        keys = [
-            root_key(
-                request.cache.fingerprint.model,
-                chunk_n_tokens=size,
-                namespace=request.namespace,
-            )
-        ]
+        keys = [request.root]
         extras = [pack_extras(request.lineage, start, start + len(ids)) for start, ids in slices]
         for (_, ids), more in zip(slices, extras, strict=True):
             keys.append(chunk_key(keys[-1], ids, extras=more))

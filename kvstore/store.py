@@ -17,7 +17,7 @@ from kvstore import load as loading
 from kvstore import prune as pruning
 from kvstore import save as saving
 from kvstore import verify as verifying
-from kvstore.codec import EXACT, NAMES
+from kvstore.codec import EXACT, CodecChoice, lossy_text
 from kvstore.db import chunks, eviction, models, sessions
 from kvstore.db import engine as db
 from kvstore.db.schema import Database, open_database
@@ -37,6 +37,7 @@ from kvstore.errors import (
 from kvstore.layout import Fingerprint, LiveCache
 from kvstore.lineage import Edit, before, lineage_of
 from kvstore.load import LoadResult, MissReason
+from kvstore.lossy import mark_of, unmarked
 from kvstore.manifest import pack_metadata
 from kvstore.prefix import DEFAULT_CHUNK_N_TOKENS, KEY_NBYTES
 from kvstore.prune import PruneResult
@@ -76,14 +77,14 @@ class Store:
         max_nbytes: int | None,
         chunk_n_tokens: int,
         checkpoint_n_tokens: int,
-        codec_name: str,
+        codec: CodecChoice,
         namespace: str,
     ) -> None:
         self._database = database
         self._max_nbytes = max_nbytes
         self._chunk_n_tokens = chunk_n_tokens
         self._checkpoint_n_tokens = checkpoint_n_tokens
-        self._codec_name = codec_name
+        self._codec = codec
         self._namespace = namespace
         self._pid = os.getpid()
         self._closed = False
@@ -148,10 +149,13 @@ class Store:
         ids = token_ids(tokens)
         _check_cache(cache)
         _check_held(cache, ids)
+        names = self._codec.names(cache.layout)
+        codec_text = lossy_text(names, cache.layout)
+        lineage = before(lineage_of(cache.edits), len(ids))
         request = SaveRequest(
             cache=cache,
             ids=ids,
-            lineage=before(lineage_of(cache.edits), len(ids)),
+            lineage=unmarked(lineage, mark_of(codec_text)),
             name=None if name is None else _check_name(name),
             metadata=pack_metadata(metadata),
             replace=replace,
@@ -159,7 +163,8 @@ class Store:
             chunk_n_tokens=self._chunk_n_tokens,
             max_nbytes=self._max_nbytes,
             checkpoint_n_tokens=self._checkpoint_n_tokens,
-            codec_name=self._codec_name,
+            codec_text=codec_text,
+            codec_names=names,
             seen=None if name is None else self._seen.get(name),
         )
         with self._call():
@@ -206,6 +211,7 @@ class Store:
             cache=cache,
             ids=None if tokens is None else token_ids(tokens),
             lineage=lineage,
+            codec_text=lossy_text(self._codec.names(cache.layout), cache.layout),
             name=None if name is None else _check_name(name),
             namespace=self._namespace,
             chunk_n_tokens=self._chunk_n_tokens,
@@ -402,6 +408,7 @@ class Store:
                 fingerprint,
                 chunk_n_tokens=self._chunk_n_tokens,
                 namespace=self._namespace,
+                adapter=request.adapter,
             )
             key = (
                 damage.find_damaged(
@@ -452,8 +459,11 @@ def open_store(
         checkpoint_n_tokens: How often a session keeps a checkpoint of recurrent
             state: one in that many tokens, and always the newest.
         codec: How new content is written: ``"exact"`` compresses what gets
-            shorter, ``"raw"`` writes it as it is. Both give every byte back, and
-            whatever a file holds is read by either.
+            shorter, ``"raw"`` writes it as it is; both give every byte back. The
+            lossy ones are ``"half"``, ``"int8"``, ``"int8-channel"`` and ``"int4"``, or a mix such
+            as ``"k=int8,v=int4"`` or ``"0-1=exact,k=int8"`` (layers). What they wrote is
+            only found by a store with the same codec (which finds exact content too),
+            or by a session's name.
         namespace: Separates names and keys of several applications in one file.
         busy_timeout_seconds: How long a write waits for another process.
 
@@ -474,8 +484,7 @@ def open_store(
         raise InputError(f"checkpoint_n_tokens: expected an integer, found {checkpoint_n_tokens!r}")
     if checkpoint_n_tokens < 1:
         raise InputError(f"checkpoint_n_tokens: expected 1 or more, found {checkpoint_n_tokens}")
-    if codec not in NAMES:
-        raise InputError(f"codec: expected one of {', '.join(NAMES)}, found {codec!r:.80}")
+    choice = CodecChoice(codec)
     _check_text(namespace, what="namespace")
     _check_timeout(busy_timeout_seconds)
     max_nbytes = None if max_bytes is None else parse_nbytes(max_bytes)
@@ -487,7 +496,7 @@ def open_store(
         max_nbytes=max_nbytes,
         chunk_n_tokens=chunk_n_tokens,
         checkpoint_n_tokens=checkpoint_n_tokens,
-        codec_name=codec,
+        codec=choice,
         namespace=namespace,
     )
     if max_nbytes is not None and not store.read_only:

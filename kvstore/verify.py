@@ -19,6 +19,7 @@ from kvstore.db.tables import models, payloads, session_tokens, spaces
 from kvstore.db.tables import sessions as session_table
 from kvstore.errors import CorruptStoreError, KVStoreError
 from kvstore.layout import Fingerprint, Layout
+from kvstore.lossy import codec_text_of
 from kvstore.manifest import unpack_manifest, unpack_metadata
 from kvstore.match import ChunkMatch, piece_blobs, pieces
 from kvstore.prefix import Key, chunk_key, full_chunk_keys, root_key
@@ -101,6 +102,7 @@ def _model_problems(connection: sa.Connection, layouts: dict[int, Layout]) -> It
         where = f"model {row.models_fingerprint.hex()[:12]}"
         try:
             layout = unpack_manifest(row.models_manifest)
+            codec_text_of(row.spaces_adapter)
             fingerprint = Fingerprint(
                 weights=row.models_weights_digest,
                 program=row.models_program_digest,
@@ -156,7 +158,8 @@ class _ChunkChecker:
             where = f"chunk {chunk.key.hex()[:12]} [{chunk.start}, {chunk.stop})"
             for problem in self._key_problems(chunk, Key(space.root_key), space.chunk_n_tokens):
                 yield f"{where}: {problem}"
-            for problem in self._blob_problems(chunk, self._layouts[space.id]):
+            layout, is_lossy = self._layouts[space.id], bool(space.adapter)
+            for problem in self._blob_problems(chunk, layout, is_lossy=is_lossy):
                 yield f"{where}: {problem}"
             for problem in self._size_problems(chunk.id, row.raw_nbytes, row.stored_nbytes):
                 yield f"{where}: {problem}"
@@ -191,7 +194,7 @@ class _ChunkChecker:
         if tuple(sums) != (raw, stored):
             yield f"its row says {raw} bytes, {stored} stored; its blobs say {sums[0]}, {sums[1]}"
 
-    def _blob_problems(self, chunk: ChunkRow, layout: Layout) -> Iterator[str]:
+    def _blob_problems(self, chunk: ChunkRow, layout: Layout, *, is_lossy: bool) -> Iterator[str]:
         try:
             all_pieces = pieces(self._connection, ChunkMatch(chunk=chunk, stop=chunk.stop))
         except CorruptStoreError as error:
@@ -203,7 +206,7 @@ class _ChunkChecker:
                 yield "it borrows all of its tokens and has blobs of its own"
             return
         try:
-            rows = piece_blobs(self._connection, own[0], layout)
+            rows = piece_blobs(self._connection, own[0], layout, is_lossy=is_lossy)
         except CorruptStoreError as error:
             yield str(error)
             return
@@ -211,7 +214,7 @@ class _ChunkChecker:
             self.n_blobs += 1
             self.raw_nbytes += row.raw_nbytes
             try:
-                check_blob(self._connection, row, chunk.key)
+                check_blob(self._connection, row, chunk.key, layout.tensors[row.tensor])
             except CorruptStoreError as error:
                 yield f"{layout.tensors[row.tensor].name}: {error}"
 

@@ -313,6 +313,90 @@ def read_metadata(data: object) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- codecs
 
+LOSSY = {3, 4, 5}
+FLOATS = {"float32": "f", "float16": "e", "bfloat16": "H"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """The numbers of a lossy blob."""
+
+    dtype: str
+    n_tokens: int
+    n_channels: int
+
+
+def may_lose(tensor: Tensor) -> bool:
+    return (
+        tensor.role in {"k", "v"}
+        and tensor.dtype in FLOATS
+        and tensor.kind in {"full", "window"}
+        and len(tensor.shape) > 1
+    )
+
+
+def codec_text(adapter: object) -> str:
+    """The lossy codec that a key space is of, or nothing."""
+    require(type(adapter) is bytes, "adapter: a type")
+    if not adapter:
+        return ""
+    match = re.fullmatch(rb"\x01(....)([a-z0-9.,=-]+)", adapter, re.DOTALL)
+    require(match is not None and match[1] == u32(len(match[2])), "an unknown adapter")
+    return match[2].decode("ascii")
+
+
+def decode_lossy(codec: int, stored: bytes, block: Block) -> tuple[bytes, bytes]:
+    """The numbers, and what the checksum covers: head and codes."""
+    require(len(stored) >= 8, "codes: cut short")
+    inner, head = stored[0], stored[1:8]
+    variant, g, e = struct.unpack("<BHI", head)
+    require(block.dtype in FLOATS, "codes of numbers that may not lose")
+    n, c = block.n_tokens, block.n_channels
+    require(variant in {1, 2} and inner in {0, 1, 2}, "codes: variant, or how they are stored")
+    if codec == 3:
+        require(block.dtype == "float32" and g == e == 0, "half: head")
+        codes = decode(inner, stored[8:], 2 * n * c)
+        form = "e" if variant == 1 else "H"
+        numbers = [as_float(one, form) for one in struct.unpack(f"<{n * c}{form}", codes)]
+        return from_floats(numbers, "float32"), head + codes
+    m = n - e
+    require(g > 0 and m >= 0 and (codec == 5 or e == 0), "integers: head")
+    require(variant == 2 or c % g == 0, "integers: groups")
+    require(codec == 4 or (c % 2 == 0 and (variant == 2 or c // 2 % g == 0)), "int4: groups")
+    n_groups = -(-m // g) * c if variant == 2 else m * (c // g)
+    exact = e * c * ITEMSIZES[block.dtype]
+    n_zeros = n_groups if codec == 5 else 0
+    size = m * c if codec == 4 else m * c // 2
+    codes = decode(inner, stored[8:], exact + 2 * n_groups + 2 * n_zeros + size)
+    at = exact + 2 * n_groups
+    scales = struct.unpack(f"<{n_groups}H", codes[exact:at])
+    zeros = struct.unpack(f"<{n_zeros}h", codes[at : at + 2 * n_zeros]) or (0,) * n_groups
+    packed = codes[at + 2 * n_zeros :]
+    numbers = []
+    for token in range(m):
+        for channel in range(c):
+            group = token // g * c + channel if variant == 2 else (token * c + channel) // g
+            if codec == 4:
+                code = int.from_bytes(packed[token * c + channel :][:1], signed=True)
+            else:
+                byte = packed[token * (c // 2) + channel % (c // 2)]
+                code = byte >> 4 if channel >= c // 2 else byte & 15
+            numbers.append((code + zeros[group]) * as_float(scales[group], "H"))
+    return codes[:exact] + from_floats(numbers, block.dtype), head + codes
+
+
+def as_float(stored: float, form: str) -> float:
+    """A number of that struct format; ``H`` are a bfloat16's 16 bits."""
+    return struct.unpack("<f", struct.pack("<I", int(stored) << 16))[0] if form == "H" else stored
+
+
+def from_floats(numbers: list[float], dtype: str) -> bytes:
+    """Rounded to nearest, half to even; all are exact in a float32, and in range."""
+    if dtype != "bfloat16":
+        return struct.pack(f"<{len(numbers)}{FLOATS[dtype]}", *numbers)
+    bits = struct.unpack(f"<{len(numbers)}I", struct.pack(f"<{len(numbers)}f", *numbers))
+    return struct.pack(f"<{len(numbers)}H", *(b + 0x7FFF + (b >> 16 & 1) >> 16 for b in bits))
+
 
 def decode(codec: int, stored: bytes, raw_nbytes: int) -> bytes:
     """Exactly ``raw_nbytes`` bytes; nothing is allocated by a number in ``stored``."""
@@ -397,6 +481,7 @@ class Session:
     head_id: int | None
     n_tokens: int
     space_id: int
+    adapter: bytes
     root: bytes
     chunk_n_tokens: int
     tokens: list[int]
@@ -489,7 +574,7 @@ class Reader:
     def sessions(self) -> list[Session]:
         rows = self._rows(
             "SELECT s.id, s.namespace, s.name, s.head_id, s.n_tokens, s.metadata, p.id, "
-            "p.root_key, p.chunk_n_tokens, p.namespace, m.fingerprint, m.manifest "
+            "p.root_key, p.chunk_n_tokens, p.namespace, m.fingerprint, m.manifest, p.adapter "
             "FROM sessions s JOIN spaces p ON p.id = s.space_id "
             "JOIN models m ON m.id = p.model_id ORDER BY s.id"
         )
@@ -512,6 +597,7 @@ class Reader:
                     tokens=ids,
                     model=row[10],
                     layout=read_manifest(row[11]),
+                    adapter=row[12],
                 )
             )
         return found
@@ -556,7 +642,8 @@ class Reader:
         layout, size = session.layout, session.chunk_n_tokens
         stored: list[dict[int, bytes]] = [{} for _ in layout]
         for chunk, stop in self.longest_prefix(session.root, size, ids, lineage):
-            for index, slots in enumerate(self.slots(chunk, stop, layout)):
+            is_lossy = codec_text(session.adapter) != ""
+            for index, slots in enumerate(self.slots(chunk, stop, layout, is_lossy=is_lossy)):
                 stored[index].update(slots)
         n_tokens = len(ids)
         while not all(
@@ -645,14 +732,16 @@ class Reader:
                     common += 1
                 yield chunk, common
 
-    def slots(self, chunk: Chunk, limit: int, layout: list[Tensor]) -> list[dict[int, bytes]]:
+    def slots(
+        self, chunk: Chunk, limit: int, layout: list[Tensor], *, is_lossy: bool
+    ) -> list[dict[int, bytes]]:
         """The slots that are stored of ``[chunk.start, limit)``, of each tensor by position."""
         found: list[dict[int, bytes]] = [{} for _ in layout]
         owner = chunk
         while True:
             own = owner.start + owner.base_n_tokens
             if limit > own:
-                for index, slots in enumerate(self.own_blobs(owner, layout)):
+                for index, slots in enumerate(self.own_blobs(owner, layout, is_lossy=is_lossy)):
                     found[index].update(
                         (position, slot) for position, slot in slots.items() if position < limit
                     )
@@ -677,7 +766,9 @@ class Reader:
         require(base.base_n_tokens < n_tokens, "bases that do not borrow less")
         return base
 
-    def own_blobs(self, chunk: Chunk, layout: list[Tensor]) -> list[dict[int, bytes]]:
+    def own_blobs(
+        self, chunk: Chunk, layout: list[Tensor], *, is_lossy: bool
+    ) -> list[dict[int, bytes]]:
         """The slots in the chunk's own blobs, verified, of each tensor by position."""
         rows = self._rows(
             "SELECT b.tensor, b.start, b.stop, b.codec, b.raw_nbytes, b.stored_nbytes, "
@@ -705,9 +796,16 @@ class Reader:
         for index, first, last, codec, raw, _, expected, _, payload in rows:
             data = self._rows("SELECT data FROM payloads WHERE id = ?", payload)[0][0]
             require(type(data) is bytes, "payload: a type")
-            content = decode(codec, data, raw)
-            require(checksum(chunk.key, index, first, last, content) == expected, "checksum")
-            nbytes = layout[index].slot_nbytes
+            tensor = layout[index]
+            if codec in LOSSY:
+                require(is_lossy and may_lose(tensor), "a lossy blob where all is exact")
+                n_channels = math.prod(tensor.shape) // tensor.capacity
+                block = Block(tensor.dtype, last - first, n_channels)
+                content, checked = decode_lossy(codec, data, block)
+            else:
+                content = checked = decode(codec, data, raw)
+            require(checksum(chunk.key, index, first, last, checked) == expected, "checksum")
+            nbytes = tensor.slot_nbytes
             for position in range(first, last):
                 at = (position - first) * nbytes
                 decoded[index][position] = content[at : at + nbytes]
@@ -734,14 +832,15 @@ class Reader:
             "SELECT id, model_id, root_key, chunk_n_tokens, namespace, adapter FROM spaces"
         ):
             require(root_key(models[model_id], size, namespace, adapter) == root, "a root key")
-            spaces[space_id] = root, size, layouts[model_id]
+            spaces[space_id] = root, size, layouts[model_id], codec_text(adapter) != ""
         for chunk in self._chunks("ORDER BY id"):
-            root, size, layout = spaces[chunk.space_id]
-            self._verify_chunk(chunk, root, size, layout)
+            self._verify_chunk(chunk, *spaces[chunk.space_id])
         for session in self.sessions():
             self._verify_head(session)
 
-    def _verify_chunk(self, chunk: Chunk, root: bytes, size: int, layout: list[Tensor]) -> None:
+    def _verify_chunk(
+        self, chunk: Chunk, root: bytes, size: int, layout: list[Tensor], is_lossy: bool
+    ) -> None:
         require(chunk.has_its_key, "a chunk's key")
         require(chunk.start % size == 0 and chunk.stop - chunk.start <= size, "a chunk's slice")
         if chunk.parent_id is None:
@@ -753,7 +852,7 @@ class Reader:
             require(parent.space_id == chunk.space_id, "the parent is in another space")
         if chunk.base_id is not None:
             self._base(chunk)
-        self.own_blobs(chunk, layout)
+        self.own_blobs(chunk, layout, is_lossy=is_lossy)
         sums = self._rows(
             "SELECT coalesce(sum(raw_nbytes), 0), coalesce(sum(stored_nbytes), 0) "
             "FROM blobs WHERE chunk_id = ?",

@@ -1,44 +1,112 @@
 """Codecs: how a blob's token-major bytes are written down, by a tag stored beside each blob.
 
-One module a codec. A new one gets the next free tag here and a section in
+An *exact* codec maps bytes to bytes. A *quantizer* maps numbers to codes, and an exact codec writes
+those: a chain of two. One module each. A new one gets the next free tag here and a section in
 ``schemas/FORMAT.md``; tags are never reused.
 """
 
-from kvstore.codec.base import Codec
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvstore.codec.base import Codec, Codes, Head, Quantizer
+from kvstore.codec.block import Block, block_of, may_lose
+from kvstore.codec.choice import EXACT, LOSSY, NAMES, RAW, CodecChoice, lossy_text
+from kvstore.codec.half import Half
+from kvstore.codec.int4 import Int4
+from kvstore.codec.int8 import Int8
+from kvstore.codec.integers import BY_CHANNEL, BY_TOKEN
+from kvstore.codec.kernels import Kernels, NumpyKernels, kernels, use_kernels
 from kvstore.codec.planes import ITEMSIZES_NBYTES, Planes
 from kvstore.codec.raw import Raw
+from kvstore.codec.scratch import scratch
 from kvstore.codec.zstd import Zstd
 from kvstore.errors import DecodeError
+from kvstore.layout import DTYPE_ITEMSIZE_NBYTES
 
 CODECS: dict[int, Codec] = {codec.tag: codec for codec in (Raw(), Zstd(), Planes())}
-"""Every codec that this version can read, by tag."""
+"""Every exact codec that this version can read, by tag."""
+
+QUANTIZERS: dict[int, Quantizer] = {one.tag: one for one in (Half(), Int8(), Int4())}
+"""Every quantizer that this version can read, by tag."""
+
+_SAMPLE_NBYTES = 64 << 10
+"""Codes whose first bytes do not lose a quarter are stored as they are, without trying the rest:
+decompressing would take longer than all else that a restore does with them.
+"""
 
 
-EXACT, RAW = "exact", "raw"
-NAMES = (EXACT, RAW)
-"""What a store can be told to write with."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A blob as it is stored, and what its checksum covers.
+
+    ``is_fallback``: it was to be lossy, but its numbers could not be held so, or would take more.
+    """
+
+    tag: int
+    stored: memoryview
+    checked: tuple[memoryview, ...]
+    is_fallback: bool = False
 
 
-def codec_for(name: str, *, itemsize_nbytes: int) -> Codec:
-    """The codec that ``name`` stands for, for numbers of so many bytes."""
-    if name == RAW:
-        return Raw()
-    return Planes(itemsize_nbytes) if itemsize_nbytes in ITEMSIZES_NBYTES else Zstd()
+def encode(data: memoryview, block: Block, name: str, role: str = "") -> Encoded:
+    """``data`` by the codec of that name; exactly, if a lossy one cannot hold its numbers.
+
+    ``role`` is the tensor's: ``int4`` and ``int8-channel`` group keys by channel, values by token.
+    """
+    quantizer = _quantizer(name, role)
+    if quantizer is not None:
+        codes = quantizer.encode(data, block)
+        encoded = None if codes is None else _encode_codes(quantizer, codes)
+        if encoded is not None and encoded.stored.nbytes <= data.nbytes:
+            return encoded
+    tag, stored = encode_exact(data, exact_codec(name, DTYPE_ITEMSIZE_NBYTES[block.dtype]))
+    return Encoded(tag=tag, stored=stored, checked=(data,), is_fallback=quantizer is not None)
 
 
-def encode(data: memoryview, codec: Codec) -> tuple[int, memoryview]:
+def decode_into(
+    tag: int, stored: memoryview, block: Block, destination: memoryview
+) -> tuple[memoryview, ...]:
+    """Fill ``destination`` exactly with what ``stored`` decodes to; returns what to check.
+
+    That is ``destination``, or the codes where they are lossy; they are good until this thread
+    decodes again.
+
+    Raises:
+        DecodeError: unknown tag, or the bytes do not decode to such a block.
+    """
+    quantizer = QUANTIZERS.get(tag)
+    if quantizer is None:
+        decode_exact_into(tag, stored, destination)
+        return (destination,)
+    inner = stored[0] if stored.nbytes else -1
+    head = Head.from_bytes(stored[1:])
+    body = stored[1 + Head.NBYTES :]
+    nbytes = quantizer.codes_nbytes(head, block)
+    if inner == Raw.tag:
+        if body.nbytes != nbytes:
+            raise DecodeError(f"codes: expected {nbytes} bytes, found {body.nbytes}")
+        codes = body
+    else:
+        codes = scratch("codes", nbytes)
+        decode_exact_into(inner, body, codes)
+    quantizer.decode_into(Codes(head, codes), block, destination)
+    return memoryview(head.to_bytes()), codes
+
+
+def encode_exact(data: memoryview, codec: Codec) -> tuple[int, memoryview]:
     """``data`` as ``(tag, stored bytes)``: by ``codec``, or raw where that gains nothing.
 
     Less than one part in ten saved counts as nothing: decompressing takes
     several times as long as reading the bytes that it saves.
     """
     stored = codec.encode(data)
-    if stored.nbytes > data.nbytes - data.nbytes // 10:
+    if not _gains(stored, data):
         return Raw.tag, data
     return codec.tag, stored
 
 
-def decode_into(tag: int, stored: memoryview, destination: memoryview) -> None:
+def decode_exact_into(tag: int, stored: memoryview, destination: memoryview) -> None:
     """Fill ``destination`` exactly with what ``stored`` decodes to.
 
     Raises:
@@ -47,20 +115,72 @@ def decode_into(tag: int, stored: memoryview, destination: memoryview) -> None:
     """
     codec = CODECS.get(tag)
     if codec is None:
-        raise DecodeError(f"unknown codec tag {tag}; known are {sorted(CODECS)}")
+        raise DecodeError(f"unknown codec tag {tag}; known are {sorted({*CODECS, *QUANTIZERS})}")
     codec.decode_into(stored, destination)
+
+
+def exact_codec(name: str, itemsize_nbytes: int) -> Codec:
+    """The codec that writes numbers of so many bytes exactly."""
+    if name == RAW:
+        return Raw()
+    return Planes(itemsize_nbytes) if itemsize_nbytes in ITEMSIZES_NBYTES else Zstd()
+
+
+def _encode_codes(quantizer: Quantizer, codes: Codes) -> Encoded:
+    head = codes.head.to_bytes()
+    inner, body = Raw.tag, codes.body
+    if isinstance(quantizer, Half):
+        inner, body = encode_exact(codes.body, Planes(2))
+    elif _gains(Zstd().encode(body[:_SAMPLE_NBYTES]), body[:_SAMPLE_NBYTES], one_part_in=4):
+        inner, body = encode_exact(codes.body, Zstd())
+    return Encoded(
+        tag=quantizer.tag,
+        stored=memoryview(b"".join([bytes([inner]), head, body])),
+        checked=(memoryview(head), codes.body),
+    )
+
+
+def _quantizer(name: str, role: str) -> Quantizer | None:
+    if name == "half":
+        return Half()
+    if name == "int8":
+        return Int8()
+    if name == "int8-channel":
+        return Int8(BY_CHANNEL if role == "k" else BY_TOKEN)
+    if name == "int4":
+        return Int4(BY_CHANNEL if role == "k" else BY_TOKEN)
+    return None
+
+
+def _gains(stored: memoryview, data: memoryview, *, one_part_in: int = 10) -> bool:
+    return stored.nbytes <= data.nbytes - data.nbytes // one_part_in
 
 
 __all__ = [
     "CODECS",
     "EXACT",
+    "LOSSY",
     "NAMES",
+    "QUANTIZERS",
     "RAW",
+    "Block",
     "Codec",
+    "CodecChoice",
+    "Encoded",
+    "Kernels",
+    "NumpyKernels",
     "Planes",
+    "Quantizer",
     "Raw",
     "Zstd",
-    "codec_for",
+    "block_of",
+    "decode_exact_into",
     "decode_into",
     "encode",
+    "encode_exact",
+    "exact_codec",
+    "kernels",
+    "lossy_text",
+    "may_lose",
+    "use_kernels",
 ]

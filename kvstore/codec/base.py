@@ -1,8 +1,13 @@
-"""What a codec promises."""
+"""What a codec promises: an exact one maps bytes to bytes, a lossy one numbers to codes."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+import struct
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, Self
+
+from kvstore.codec.block import Block
+from kvstore.errors import DecodeError
 
 
 class Codec(Protocol):
@@ -27,4 +32,78 @@ class Codec(Protocol):
         Raises:
             DecodeError: the bytes decode to anything but ``destination.nbytes`` bytes.
         """
+        ...
+
+
+_HEAD = struct.Struct("<BHI")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What stands before the codes.
+
+    Which variant they are of, how many numbers share a scale, and how many tokens at the start
+    are stored as they are.
+    """
+
+    variant: int
+    group_size: int = 0
+    n_exact_tokens: int = 0
+
+    NBYTES: ClassVar[int] = _HEAD.size
+
+    def to_bytes(self) -> bytes:
+        """``u8`` variant, ``u16`` group size, ``u32`` number of exact tokens."""
+        return _HEAD.pack(self.variant, self.group_size, self.n_exact_tokens)
+
+    @classmethod
+    def from_bytes(cls, data: memoryview) -> Self:
+        """The head at the start of ``data``.
+
+        Raises:
+            DecodeError: it is cut off.
+        """
+        if data.nbytes < _HEAD.size:
+            raise DecodeError(f"codes: expected a head of {_HEAD.size} bytes, found {data.nbytes}")
+        return cls(*_HEAD.unpack(data[: _HEAD.size]))
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A block's codes behind their head."""
+
+    head: Head
+    body: memoryview
+
+
+class Quantizer(Protocol):
+    """A lossy mapping between a block's numbers and *codes*, which an exact codec then stores.
+
+    The codes say all that decides the numbers, so they are what the checksum covers: a second
+    reader need not share a library's rounding. Called from worker threads, as a ``Codec`` is.
+    """
+
+    tag: ClassVar[int]
+    """The number in the ``codec`` column."""
+
+    name: ClassVar[str]
+    """What people call it."""
+
+    def encode(self, numbers: memoryview, block: Block) -> Codes | None:
+        """The codes of ``numbers``, or None if they cannot be held.
+
+        That is: not finite, beyond the range of what they become, or of a shape that does not fit.
+        """
+        ...
+
+    def codes_nbytes(self, head: Head, block: Block) -> int:
+        """How long the codes behind ``head`` are.
+
+        Raises:
+            DecodeError: there are no such codes of that block.
+        """
+        ...
+
+    def decode_into(self, codes: Codes, block: Block, destination: memoryview) -> None:
+        """Fill ``destination`` with the numbers that the codes stand for."""
         ...

@@ -50,7 +50,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewBlob:
-    """An encoded blob on its way into the file."""
+    """An encoded blob on its way into the file; a fallback is exact though it was to be lossy."""
 
     tensor: int
     start: int
@@ -59,6 +59,7 @@ class NewBlob:
     raw_nbytes: int
     checksum: bytes
     stored: memoryview
+    is_fallback: bool = False
 
 
 def insert(connection: sa.Connection, chunk_id: int, new_blobs: Sequence[NewBlob]) -> None:

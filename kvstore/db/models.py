@@ -22,6 +22,12 @@ class SpaceRow:
     model_id: int
     root: Key
     chunk_n_tokens: int
+    adapter: bytes
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether its blobs may be of a lossy codec."""
+        return bool(self.adapter)
 
 
 def fingerprints(connection: sa.Connection) -> list[Fingerprint]:
@@ -43,16 +49,29 @@ def fingerprints(connection: sa.Connection) -> list[Fingerprint]:
 
 
 def find_space(
-    connection: sa.Connection, fingerprint: Fingerprint, *, chunk_n_tokens: int, namespace: str
+    connection: sa.Connection,
+    fingerprint: Fingerprint,
+    *,
+    chunk_n_tokens: int,
+    namespace: str,
+    adapter: bytes,
 ) -> SpaceRow | None:
     """The key space of these parameters, if anything was ever saved in it."""
-    root = root_key(fingerprint.model, chunk_n_tokens=chunk_n_tokens, namespace=namespace)
+    root = root_key(
+        fingerprint.model, chunk_n_tokens=chunk_n_tokens, namespace=namespace, adapter=adapter
+    )
     row = connection.execute(
         sa.select(spaces.c.id, spaces.c.model_id).where(spaces.c.root_key == root)
     ).one_or_none()
     if row is None:
         return None
-    return SpaceRow(id=row.id, model_id=row.model_id, root=root, chunk_n_tokens=chunk_n_tokens)
+    return SpaceRow(
+        id=row.id,
+        model_id=row.model_id,
+        root=root,
+        chunk_n_tokens=chunk_n_tokens,
+        adapter=adapter,
+    )
 
 
 def ensure_space(
@@ -62,10 +81,17 @@ def ensure_space(
     *,
     chunk_n_tokens: int,
     namespace: str,
+    adapter: bytes,
     now_ms: int,
 ) -> SpaceRow:
     """The key space of these parameters, made with its model if it is new."""
-    space = find_space(connection, fingerprint, chunk_n_tokens=chunk_n_tokens, namespace=namespace)
+    space = find_space(
+        connection,
+        fingerprint,
+        chunk_n_tokens=chunk_n_tokens,
+        namespace=namespace,
+        adapter=adapter,
+    )
     if space is not None:
         return space
     model_id = connection.execute(
@@ -82,7 +108,9 @@ def ensure_space(
             manifest=pack_manifest(layout),
             created_at_ms=now_ms,
         )
-    root = root_key(fingerprint.model, chunk_n_tokens=chunk_n_tokens, namespace=namespace)
+    root = root_key(
+        fingerprint.model, chunk_n_tokens=chunk_n_tokens, namespace=namespace, adapter=adapter
+    )
     space_id = insert_row(
         connection,
         spaces,
@@ -90,9 +118,15 @@ def ensure_space(
         root_key=root,
         chunk_n_tokens=chunk_n_tokens,
         namespace=namespace,
-        adapter=b"",
+        adapter=adapter,
     )
-    return SpaceRow(id=space_id, model_id=model_id, root=root, chunk_n_tokens=chunk_n_tokens)
+    return SpaceRow(
+        id=space_id,
+        model_id=model_id,
+        root=root,
+        chunk_n_tokens=chunk_n_tokens,
+        adapter=adapter,
+    )
 
 
 def delete_unused(connection: sa.Connection) -> None:

@@ -15,6 +15,7 @@ from kvstore.errors import CorruptStoreError, InputError
 from kvstore.layout import Fingerprint
 from kvstore.lineage import Lineage, unpack_extras
 from kvstore.lineage import lineage_of as lineage_of_edits
+from kvstore.lossy import codec_text_of
 from kvstore.manifest import unpack_metadata
 from kvstore.tokens import TOKEN_NBYTES, TokenIds, from_big_endian, to_big_endian
 
@@ -27,13 +28,15 @@ class SessionInfo:
     """One named session.
 
     ``n_tokens`` is what was saved; ``n_stored_tokens`` is how many of them the
-    session still holds K and V for (fewer after an eviction).
+    session still holds K and V for (fewer after an eviction). ``codec`` is what it was
+    stored with: ``"exact"``, or a lossy codec.
     """
 
     id: int
     name: str
     namespace: str
     fingerprint: Fingerprint
+    codec: str
     n_tokens: int
     n_stored_tokens: int
     metadata: dict[str, Any]
@@ -45,6 +48,7 @@ _INFO = (
     sa.select(
         sessions,
         chunks.c.stop.label("n_stored_tokens"),
+        spaces.c.adapter,
         models.c.weights_digest,
         models.c.program_digest,
         models.c.layout_digest,
@@ -80,6 +84,7 @@ def _info(row: sa.Row[*tuple[Any, ...]]) -> SessionInfo:
         name=row.name,
         namespace=row.namespace,
         fingerprint=_fingerprint(row),
+        codec=codec_text_of(row.adapter) or "exact",
         n_tokens=row.n_tokens,
         n_stored_tokens=row.n_stored_tokens or 0,
         metadata=metadata,

@@ -29,6 +29,7 @@ import zstandard
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import independent_reader  # noqa: E402
 from fakes import (  # noqa: E402
     BytesCache,
     checkpoint_tensors,
@@ -227,6 +228,108 @@ def blobs() -> dict[str, list[dict[str, Any]]]:
     }
 
 
+# ---------------------------------------------------------------- lossy.json
+
+
+def gauss(seed: int, block: codec.Block, *, scale: float = 1.0) -> bytes:
+    """Normally distributed numbers of the block's dtype; channels have means of their own."""
+    generator = random.Random(seed)
+    means = [generator.gauss(0, 3) for _ in range(block.n_channels)]
+    floats = [
+        scale * (means[channel] + generator.gauss(0, 1))
+        for _ in range(block.n_tokens)
+        for channel in range(block.n_channels)
+    ]
+    exact = struct.unpack(f"<{len(floats)}f", struct.pack(f"<{len(floats)}f", *floats))
+    return independent_reader.from_floats(list(exact), block.dtype)
+
+
+def lossy() -> dict[str, list[dict[str, Any]]]:
+    """Payloads of lossy codecs, what they decode to, and what their checksum covers."""
+
+    def block(dtype: str, n_tokens: int, *, start: int = 0, head_dim: int = 32) -> codec.Block:
+        return codec.Block(
+            dtype=dtype,
+            start=start,
+            n_tokens=n_tokens,
+            n_channels=2 * head_dim,
+            head_dim=head_dim,
+        )
+
+    def about(name: str, tag: int, one: codec.Block, stored: bytes) -> dict[str, Any]:
+        where = {"dtype": one.dtype, "n_tokens": one.n_tokens, "n_channels": one.n_channels}
+        return {"name": name, "codec": tag, **where, "stored": stored.hex()}
+
+    def accepted(number: int, name: str, role: str, one: codec.Block, scale: float = 1.0) -> Any:
+        data = memoryview(gauss(number, one, scale=scale))
+        encoded = codec.encode(data, one, name, role)
+        stored = bytes(encoded.stored)
+        if encoded.is_fallback:
+            raise SystemExit(f"{name}: not what it was to be")
+        simple = independent_reader.Block(one.dtype, one.n_tokens, one.n_channels)
+        decoded, checked = independent_reader.decode_lossy(encoded.tag, stored, simple)
+        entry = about(f"{name}_{role}_{one.dtype}_{number}", encoded.tag, one, stored)
+        return {**entry, "decoded": decoded.hex(), "checked": checked.hex()}
+
+    cases: list[tuple[str, str, codec.Block, float]] = [
+        ("half", "k", block("float32", 3), 1.0),
+        ("half", "v", block("float32", 3), 1e6),
+        ("half", "v", block("float32", 2), 1e-9),
+    ]
+    for dtype in ("float32", "float16", "bfloat16"):
+        cases += [
+            ("int8", "k", block(dtype, 3), 1.0),
+            ("int8", "v", block(dtype, 1, start=7), 1e-3),
+            ("int8-channel", "k", block(dtype, 70, head_dim=3), 1.0),
+            ("int4", "k", block(dtype, 70, head_dim=3), 1.0),
+            ("int4", "k", block(dtype, 16, start=4, head_dim=5), 1.0),
+            ("int4", "v", block(dtype, 6), 1.0),
+            ("int4", "v", block(dtype, 5, start=2), 100.0),
+        ]
+    one = block("float32", 4)
+    (int8,) = (bytes(codec.encode(memoryview(gauss(1, one)), one, "int8", "k").stored),)
+    int4 = bytes(codec.encode(memoryview(gauss(1, one)), one, "int4", "v").stored)
+    late = block("float32", 6)
+    int4_late = bytes(codec.encode(memoryview(gauss(1, late)), late, "int4", "v").stored)
+    half = bytes([0, 1, 0, 0, 0, 0, 0, 0]) + bytes(2 * 4 * 64)
+    rejected = {
+        "empty": (4, one, b""),
+        "head_cut": (4, one, int8[:7]),
+        "head_only": (4, one, int8[:8]),
+        "truncated": (4, one, int8[:-1]),
+        "trailing_byte": (4, one, int8 + b"\x00"),
+        "stored_otherwise": (4, one, b"\x03" + int8[1:]),
+        "stored_as_itself": (4, one, b"\x04" + int8[1:]),
+        "said_to_be_zstd": (4, one, b"\x01" + int8[1:]),
+        "variant_0": (4, one, int8[:1] + b"\x00" + int8[2:]),
+        "variant_3": (4, one, int8[:1] + b"\x03" + int8[2:]),
+        "groups_of_0": (4, one, int8[:2] + b"\x00\x00" + int8[4:]),
+        "groups_that_do_not_divide": (4, one, int8[:2] + b"\x1f\x00" + int8[4:]),
+        "groups_of_another_size": (4, one, int8[:2] + b"\x10\x00" + int8[4:]),
+        "int8_with_exact_tokens": (4, one, int8[:4] + b"\x01" + int8[5:]),
+        "of_another_number_of_tokens": (4, late, int8),
+        "int8_said_to_be_int4": (5, one, int8),
+        "int4_more_exact_tokens_than_tokens": (
+            *(5, late),
+            int4_late[:4] + b"\x07" + int4_late[5:],
+        ),
+        "int4_exact_tokens_of_32_bits": (5, late, int4_late[:4] + b"\xff" * 4 + int4_late[8:]),
+        "int4_groups_across_halves": (5, late, int4_late[:2] + b"\x40\x00" + int4_late[4:]),
+        "half_of_variant_3": (3, one, half[:1] + b"\x03" + half[2:]),
+        "half_with_groups": (3, one, half[:2] + b"\x01" + half[3:]),
+        "half_with_exact_tokens": (3, one, half[:4] + b"\x01" + half[5:]),
+        "half_truncated": (3, one, half[:-1]),
+        "half_of_float16": (3, block("float16", 4), half),
+        "int8_of_float64": (4, block("float64", 4), int8),
+    }
+    if not int4:
+        raise SystemExit("int4: nothing was made")
+    return {
+        "accepted": [accepted(number, *case) for number, case in enumerate(cases)],
+        "rejected": [about(name, *rest) for name, rest in rejected.items()],
+    }
+
+
 def as_json(lineage: Lineage) -> list[dict[str, Any]]:
     return [{"start": edit.start, "digest": edit.digest.hex()} for edit in lineage]
 
@@ -329,6 +432,64 @@ def make_edited_recurrent(path: Path) -> None:
         save_turns(store, computed(RECURRENT, ids[:50], (45, 50, "struck")), ids, 50, 64, 70)
 
 
+LOSSY_LAYOUT = layout(n_layers=2, capacity_n_tokens=96, n_kv_heads=2, head_dim=32)
+
+
+def make_lossy(path: Path) -> None:
+    """One conversation as each codec writes it, and two that went on after a restore."""
+    ids = prompt(31, 90)
+
+    def filled(n_tokens: int) -> BytesCache:
+        cache = BytesCache(LOSSY_LAYOUT)
+        cache.compute(ids[:n_tokens])
+        for index, spec in enumerate(LOSSY_LAYOUT.tensors):
+            one = codec.block_of(spec, 0, n_tokens)
+            cache.buffer(index)[: n_tokens * spec.slot_nbytes] = gauss(index, one)
+        return cache
+
+    with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
+        store.save_session(computed(LOSSY_LAYOUT, prompt(32, 40)), prompt(32, 40), name="exact")
+    for name in ("half", "int8", "int4", "k=int8-channel,v=int4", "0=exact,1=int8"):
+        with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS, codec=name) as store:
+            store.save_session(filled(80), ids[:80], name=name)
+            if name in ("int8", "int4"):
+                cache = BytesCache(LOSSY_LAYOUT)
+                store.load_session(cache, ids[:71])
+                cache.compute(ids[70:90])
+                store.save_session(cache, ids, name=f"{name}, continued")
+    with kvstore.open(path, chunk_n_tokens=CHUNK_N_TOKENS) as store:
+        cache = BytesCache(LOSSY_LAYOUT)
+        store.load_session(cache, name="int8")
+        store.save_session(cache, cache.tokens, name="exact copy of int8")
+
+
+def describe_lossy(path: Path) -> dict[str, Any]:
+    """What a load of each session by name gives; the same as the second reader reads."""
+    described = []
+    with kvstore.open(path, read_only=True, chunk_n_tokens=CHUNK_N_TOKENS) as store:
+        for info in sorted(store.sessions(), key=lambda one: one.id):
+            cache = BytesCache(LOSSY_LAYOUT)
+            hit = store.load_session(cache, name=info.name)
+            tensors = [
+                bytes(cache.buffer(index)[: hit.n_tokens * spec.slot_nbytes])
+                for index, spec in enumerate(LOSSY_LAYOUT.tensors)
+            ]
+            with Reader(path) as reader:
+                (session,) = (one for one in reader.sessions() if one.name == info.name)
+                if reader.restore(session, hit.n_tokens).tensors != tensors:
+                    raise SystemExit(f"{info.name}: the two readers differ")
+            described.append(
+                {
+                    "name": info.name,
+                    "codec": info.codec,
+                    "tokens": list(hit.tokens),
+                    "n_tokens": hit.n_tokens,
+                    "tensors": [hashlib.sha256(data).hexdigest() for data in tensors],
+                }
+            )
+    return {"sessions": described}
+
+
 def make_newer_readable(path: Path) -> None:
     """What a later version may look like to this one: additions, and permission to read."""
     make_small(path)
@@ -410,10 +571,10 @@ def extras(value: bytes, *, session: str = "edited") -> Callable[[Path], None]:
             (chunk_id,),
         ).fetchall():
             decoded = memoryview(bytearray(raw_nbytes))
-            codec.decode_into(tag, memoryview(data), decoded)
+            codec.decode_exact_into(tag, memoryview(data), decoded)
             connection.execute(
                 "UPDATE blobs SET checksum = ? WHERE chunk_id = ? AND tensor = ? AND start = ?",
-                (blob_checksum(key, tensor, start, stop, decoded), chunk_id, tensor, start),
+                (blob_checksum(key, tensor, start, stop, [decoded]), chunk_id, tensor, start),
             )
 
     return changed(session, change)
@@ -713,6 +874,7 @@ def put_rejected(database: Path, base: Path, change: Callable[[Path], None]) -> 
 def main() -> None:
     put_json(VECTORS / "keys.json", keys())
     put_json(VECTORS / "blobs.json", blobs())
+    put_json(VECTORS / "lossy.json", lossy())
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         described: dict[str, Any] = {}
@@ -735,6 +897,12 @@ def main() -> None:
                 database = put_rejected(rejected / f"{name}.db", work / "small.db", change)
                 expected[name] = expect_content(database, described["small"], session)
         put_json(VECTORS / "databases" / "rejected" / "expected.json", expected)
+        database = work / "lossy.db"
+        with fixed_clock():
+            make_lossy(database)
+        vacuumed(database)
+        put_json(VECTORS / "databases" / "lossy.json", describe_lossy(database))
+        put_database(VECTORS / "databases" / "lossy.db.zst", database)
         # The golden file of this version: one that has a bit of everything.
         database = work / "turns.db"
         with fixed_clock():

@@ -1,0 +1,280 @@
+"""The arithmetic of lossy codecs: the definition in numpy, and a place for a faster one.
+
+``schemas/FORMAT.md`` ("Lossy codecs") says to the bit how codes become numbers. Numbers and codes
+are passed as bytes, so that no library's arrays are part of the protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Array: TypeAlias = npt.NDArray[Any]
+
+_SMALLEST_SCALE = 0x0080
+"""The smallest normal bfloat16: some machines count what is below it as zero."""
+
+_MAX_ZERO = 32767
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Tokens ``[start, stop)`` with groups ``[first, last)``, seen so that a group is one axis.
+
+    ``shape`` is that of the numbers, ``scales_shape`` that of the scales: as ``shape``, with 1
+    along ``axis``.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    shape: tuple[int, ...]
+    scales_shape: tuple[int, ...]
+    axis: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """How ``[n_tokens, n_channels]`` numbers are grouped: each group has a scale of its own.
+
+    ``by_channel``: a group is one channel of up to ``group_size`` tokens in a row. Otherwise it is
+    ``group_size`` neighbouring channels of one token, which divides ``n_channels``.
+    """
+
+    n_tokens: int
+    n_channels: int
+    group_size: int
+    by_channel: bool
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        if self.by_channel:
+            return -(-self.n_tokens // self.group_size) * self.n_channels
+        return self.n_tokens * (self.n_channels // self.group_size)
+
+    def runs(self, n_tokens: int) -> Iterator[Run]:
+        """All tokens in order; by channel run after run, else at most ``n_tokens`` at a time."""
+        step = self.group_size if self.by_channel else n_tokens
+        for start in range(0, self.n_tokens, step):
+            stop = min(start + step, self.n_tokens)
+            if self.by_channel:
+                first = start // self.group_size * self.n_channels
+                shape: tuple[int, ...] = (stop - start, self.n_channels)
+                scales_shape: tuple[int, ...] = (1, self.n_channels)
+                last, axis = first + self.n_channels, 0
+            else:
+                n_groups = self.n_channels // self.group_size
+                shape = (stop - start, n_groups, self.group_size)
+                scales_shape = (stop - start, n_groups, 1)
+                first, last, axis = start * n_groups, stop * n_groups, 2
+            yield Run(
+                start=start,
+                stop=stop,
+                first=first,
+                last=last,
+                shape=shape,
+                scales_shape=scales_shape,
+                axis=axis,
+            )
+
+
+class Kernels(Protocol):
+    """What lossy codecs do with numbers; every implementation gives the same bytes.
+
+    Called from worker threads, several at a time. ``dtype`` is float32, float16 or bfloat16.
+    """
+
+    def largest(self, numbers: memoryview, dtype: str) -> float:
+        """The largest magnitude among ``numbers``; infinite or NaN if one of them is."""
+        ...
+
+    def convert_into(
+        self, numbers: memoryview, dtype: str, destination: memoryview, target: str
+    ) -> None:
+        """``numbers`` rounded to ``target`` dtype, to nearest, half to even; all are in range."""
+        ...
+
+    def quantize8(
+        self, numbers: memoryview, dtype: str, grid: Grid
+    ) -> tuple[memoryview, memoryview]:
+        """Scales (bfloat16) and codes (int8) of ``numbers``, all finite."""
+        ...
+
+    def dequantize8_into(
+        self, parts: tuple[memoryview, memoryview], grid: Grid, destination: memoryview, dtype: str
+    ) -> None:
+        """From scales and codes: ``code * scale``, rounded to ``dtype`` once."""
+        ...
+
+    def quantize4(
+        self, numbers: memoryview, dtype: str, grid: Grid
+    ) -> tuple[memoryview, memoryview, memoryview]:
+        """Scales (bfloat16), zeros (int16) and codes (two in a byte) of ``numbers``, all finite."""
+        ...
+
+    def dequantize4_into(
+        self,
+        parts: tuple[memoryview, memoryview, memoryview],
+        grid: Grid,
+        destination: memoryview,
+        dtype: str,
+    ) -> None:
+        """From scales, zeros and codes: ``(code + zero) * scale``, rounded to ``dtype`` once."""
+        ...
+
+
+class NumpyKernels:
+    """The definition. ``Kernels`` says what each does."""
+
+    def largest(self, numbers: memoryview, dtype: str) -> float:
+        """See ``Kernels``."""
+        import numpy as np
+
+        return float(np.abs(_floats(_stored(numbers, dtype), dtype)).max())
+
+    def convert_into(
+        self, numbers: memoryview, dtype: str, destination: memoryview, target: str
+    ) -> None:
+        """See ``Kernels``."""
+        _round_into(_floats(_stored(numbers, dtype), dtype), _stored(destination, target), target)
+
+    def quantize8(
+        self, numbers: memoryview, dtype: str, grid: Grid
+    ) -> tuple[memoryview, memoryview]:
+        """``scale`` is the largest magnitude / 127 rounded up, ``code`` is number / scale."""
+        import numpy as np
+
+        stored = _stored(numbers, dtype).reshape(grid.n_tokens, grid.n_channels)
+        codes = np.empty(stored.shape, np.int8)
+        scales = np.empty(grid.n_groups, np.uint16)
+        for run in grid.runs(grid.n_tokens):
+            floats = _floats(stored[run.start : run.stop], dtype).reshape(run.shape)
+            largest = np.abs(floats).max(axis=run.axis, keepdims=True)
+            scale = _scale_up(largest / np.float32(127))
+            scales[run.first : run.last] = scale.reshape(-1)
+            codes[run.start : run.stop].reshape(run.shape)[...] = np.rint(floats / _widen(scale))
+        return _bytes(scales), _bytes(codes)
+
+    def dequantize8_into(
+        self, parts: tuple[memoryview, memoryview], grid: Grid, destination: memoryview, dtype: str
+    ) -> None:
+        """8 bits times 8 bits is exact in a float32: only the last step rounds."""
+        import numpy as np
+
+        scales, codes = np.frombuffer(parts[0], "<u2"), np.frombuffer(parts[1], np.int8)
+        codes = codes.reshape(grid.n_tokens, grid.n_channels)
+        target = _stored(destination, dtype).reshape(codes.shape)
+        for run in grid.runs(grid.n_tokens):
+            scale = _widen(scales[run.first : run.last]).reshape(run.scales_shape)
+            floats = codes[run.start : run.stop].reshape(run.shape) * scale
+            _round_into(floats, target[run.start : run.stop].reshape(run.shape), dtype)
+
+    def quantize4(
+        self, numbers: memoryview, dtype: str, grid: Grid
+    ) -> tuple[memoryview, memoryview, memoryview]:
+        """``scale`` is (largest - smallest) / 15 rounded up, ``zero`` is smallest / scale."""
+        import numpy as np
+
+        stored = _stored(numbers, dtype).reshape(grid.n_tokens, grid.n_channels)
+        codes = np.empty(stored.shape, np.uint8)
+        scales, zeros = np.empty(grid.n_groups, np.uint16), np.empty(grid.n_groups, np.int16)
+        for run in grid.runs(grid.n_tokens):
+            floats = _floats(stored[run.start : run.stop], dtype).reshape(run.shape)
+            least = floats.min(axis=run.axis, keepdims=True)
+            most = floats.max(axis=run.axis, keepdims=True)
+            step = (most - least) / np.float32(15)
+            # Else a zero far away from nought would not fit its 16 bits.
+            step = np.maximum(step, np.maximum(-least, most) / np.float32(_MAX_ZERO))
+            scale = _scale_up(step)
+            zero = np.rint(least / _widen(scale))
+            scales[run.first : run.last] = scale.reshape(-1)
+            zeros[run.first : run.last] = zero.reshape(-1)
+            code = np.clip(np.rint(floats / _widen(scale)) - zero, 0, 15)
+            codes[run.start : run.stop].reshape(run.shape)[...] = code
+        half = grid.n_channels // 2
+        return _bytes(scales), _bytes(zeros), _bytes(codes[:, :half] | codes[:, half:] << 4)
+
+    def dequantize4_into(
+        self,
+        parts: tuple[memoryview, memoryview, memoryview],
+        grid: Grid,
+        destination: memoryview,
+        dtype: str,
+    ) -> None:
+        """16 bits times 8 bits is exact in a float32: only the last step rounds."""
+        import numpy as np
+
+        scales, zeros = np.frombuffer(parts[0], "<u2"), np.frombuffer(parts[1], "<i2")
+        packed = np.frombuffer(parts[2], np.uint8).reshape(grid.n_tokens, -1)
+        codes = np.concatenate([packed & 15, packed >> 4], axis=1)
+        target = _stored(destination, dtype).reshape(codes.shape)
+        for run in grid.runs(grid.n_tokens):
+            scale = _widen(scales[run.first : run.last]).reshape(run.scales_shape)
+            zero = zeros[run.first : run.last].astype(np.float32).reshape(run.scales_shape)
+            floats = (codes[run.start : run.stop].reshape(run.shape) + zero) * scale
+            _round_into(floats, target[run.start : run.stop].reshape(run.shape), dtype)
+
+
+_in_use: list[Kernels] = [NumpyKernels()]
+
+
+def kernels() -> Kernels:
+    """What lossy codecs compute with now."""
+    return _in_use[-1]
+
+
+def use_kernels(faster: Kernels) -> None:
+    """Let lossy codecs of this process compute with ``faster``, which gives the same bytes."""
+    _in_use[:] = [faster]
+
+
+def _stored(numbers: memoryview, dtype: str) -> Array:
+    """Numbers as they are stored; a bfloat16, which numpy does not have, as its 16 bits."""
+    import numpy as np
+
+    return np.frombuffer(numbers, {"float32": "<f4", "float16": "<f2"}.get(dtype, "<u2"))
+
+
+def _floats(stored: Array, dtype: str) -> npt.NDArray[np.float32]:
+    import numpy as np
+
+    return _widen(stored) if dtype == "bfloat16" else stored.astype(np.float32, copy=False)
+
+
+def _widen(bfloat16s: Array) -> npt.NDArray[np.float32]:
+    import numpy as np
+
+    return (bfloat16s.astype(np.uint32) << 16).view(np.float32)
+
+
+def _round_into(floats: npt.NDArray[np.float32], target: Array, dtype: str) -> None:
+    """To nearest, half to even."""
+    import numpy as np
+
+    if dtype != "bfloat16":
+        target[...] = floats
+        return
+    bits = np.ascontiguousarray(floats).view(np.uint32)
+    target[...] = bits + 0x7FFF + (bits >> 16 & 1) >> 16
+
+
+def _scale_up(floats: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The next bfloat16 that is not less, and normal."""
+    import numpy as np
+
+    bits = np.ascontiguousarray(floats).view(np.uint32)
+    rounded: npt.NDArray[np.uint32] = np.maximum(bits + 0xFFFF >> 16, _SMALLEST_SCALE)
+    return rounded.astype(np.uint16)
+
+
+def _bytes(array: Array) -> memoryview:
+    import numpy as np
+
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
