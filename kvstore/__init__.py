@@ -5,6 +5,7 @@ hit = store.load_session(cache, tokens)
 store.save_session(cache, tokens, name="chat-42")
 """
 
+from kvstore.codec import CodecChoice, Grid, Kernels, use_kernels
 from kvstore.db.sessions import SessionInfo
 from kvstore.db.stats import StoreStats
 from kvstore.errors import KVStoreError
@@ -23,10 +24,13 @@ from kvstore.verify import VerifyReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "CodecChoice",
     "Edit",
     "Fingerprint",
+    "Grid",
     "Held",
     "KVStoreError",
+    "Kernels",
     "Kind",
     "Layout",
     "Lineage",
@@ -44,4 +48,5 @@ __all__ = [
     "lineage_of",
     "open",
     "token_ids",
+    "use_kernels",
 ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from kvstore import token_ids
+from kvstore import token_ids, use_kernels
 from kvstore.errors import (
     CapacityError,
     PositionError,
@@ -96,6 +96,7 @@ class Model:
                 program.load_path, method=method, data_path=program.data_path
             )
             program.check_unchanged()
+            _use_torch_kernels()
             return cls(
                 path=program.path,
                 analysis=program.analysis,
@@ -315,3 +316,10 @@ def _live(method: runtime.LoadedMethod, spec: TensorSpec, *, path: Path) -> torc
         raise ProgramError(
             f"{path}: the runtime does not find the buffer {spec.name!r} that the analysis found"
         ) from error
+
+
+def _use_torch_kernels() -> None:
+    """Lossy codecs compute several times as fast in torch, which is there now."""
+    from runtime_adapter.runtime.kernels import TorchKernels
+
+    use_kernels(TorchKernels())

@@ -16,7 +16,7 @@ from kvstore.codec.half import Half
 from kvstore.codec.int4 import Int4
 from kvstore.codec.int8 import Int8
 from kvstore.codec.integers import BY_CHANNEL, BY_TOKEN
-from kvstore.codec.kernels import Kernels, NumpyKernels, kernels, use_kernels
+from kvstore.codec.kernels import Grid, Kernels, NumpyKernels, kernels, use_kernels
 from kvstore.codec.planes import ITEMSIZES_NBYTES, Planes
 from kvstore.codec.raw import Raw
 from kvstore.codec.scratch import scratch
@@ -167,6 +167,7 @@ __all__ = [
     "Codec",
     "CodecChoice",
     "Encoded",
+    "Grid",
     "Kernels",
     "NumpyKernels",
     "Planes",

@@ -6,6 +6,7 @@ are passed as bytes, so that no library's arrays are part of the protocol.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -23,19 +24,19 @@ _MAX_ZERO = 32767
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Part:
     """Tokens ``[start, stop)`` with groups ``[first, last)``, seen so that a group is one axis.
 
-    ``shape`` is that of the numbers, ``scales_shape`` that of the scales: as ``shape``, with 1
-    along ``axis``.
+    ``shape`` is that of the numbers, ``scales_shape`` that of the scales: the same, with 1 along
+    ``axis``.
     """
 
     start: int
     stop: int
     first: int
     last: int
-    shape: tuple[int, ...]
-    scales_shape: tuple[int, ...]
+    shape: tuple[int, int, int]
+    scales_shape: tuple[int, int, int]
     axis: int
 
 
@@ -59,30 +60,31 @@ class Grid:
             return -(-self.n_tokens // self.group_size) * self.n_channels
         return self.n_tokens * (self.n_channels // self.group_size)
 
-    def runs(self, n_tokens: int) -> Iterator[Run]:
-        """All tokens in order; by channel run after run, else at most ``n_tokens`` at a time."""
-        step = self.group_size if self.by_channel else n_tokens
-        for start in range(0, self.n_tokens, step):
-            stop = min(start + step, self.n_tokens)
-            if self.by_channel:
-                first = start // self.group_size * self.n_channels
-                shape: tuple[int, ...] = (stop - start, self.n_channels)
-                scales_shape: tuple[int, ...] = (1, self.n_channels)
-                last, axis = first + self.n_channels, 0
-            else:
-                n_groups = self.n_channels // self.group_size
-                shape = (stop - start, n_groups, self.group_size)
-                scales_shape = (stop - start, n_groups, 1)
-                first, last, axis = start * n_groups, stop * n_groups, 2
-            yield Run(
-                start=start,
-                stop=stop,
-                first=first,
-                last=last,
-                shape=shape,
-                scales_shape=scales_shape,
-                axis=axis,
-            )
+    def parts(self) -> Iterator[Part]:
+        """The groups of the same size, all at once: one part, or by channel two."""
+        size, width = self.group_size, self.n_channels
+        if not self.by_channel:
+            yield self._part(0, self.n_tokens, (self.n_tokens, width // size, size), axis=2)
+            return
+        border = self.n_tokens // size * size
+        if border:
+            yield self._part(0, border, (border // size, size, width), axis=1)
+        if border < self.n_tokens:
+            yield self._part(border, self.n_tokens, (1, self.n_tokens - border, width), axis=1)
+
+    def _part(self, start: int, stop: int, shape: tuple[int, int, int], *, axis: int) -> Part:
+        n_rows, n_columns, n_last = shape
+        scales_shape = (n_rows, 1, n_last) if axis == 1 else (n_rows, n_columns, 1)
+        first = start // self.group_size * self.n_channels if self.by_channel else 0
+        return Part(
+            start=start,
+            stop=stop,
+            first=first,
+            last=first + math.prod(scales_shape),
+            shape=shape,
+            scales_shape=scales_shape,
+            axis=axis,
+        )
 
 
 class Kernels(Protocol):
@@ -154,12 +156,12 @@ class NumpyKernels:
         stored = _stored(numbers, dtype).reshape(grid.n_tokens, grid.n_channels)
         codes = np.empty(stored.shape, np.int8)
         scales = np.empty(grid.n_groups, np.uint16)
-        for run in grid.runs(grid.n_tokens):
-            floats = _floats(stored[run.start : run.stop], dtype).reshape(run.shape)
-            largest = np.abs(floats).max(axis=run.axis, keepdims=True)
+        for part in grid.parts():
+            floats = _floats(stored[part.start : part.stop], dtype).reshape(part.shape)
+            largest = np.abs(floats).max(axis=part.axis, keepdims=True)
             scale = _scale_up(largest / np.float32(127))
-            scales[run.first : run.last] = scale.reshape(-1)
-            codes[run.start : run.stop].reshape(run.shape)[...] = np.rint(floats / _widen(scale))
+            scales[part.first : part.last] = scale.reshape(-1)
+            codes[part.start : part.stop].reshape(part.shape)[...] = np.rint(floats / _widen(scale))
         return _bytes(scales), _bytes(codes)
 
     def dequantize8_into(
@@ -171,10 +173,11 @@ class NumpyKernels:
         scales, codes = np.frombuffer(parts[0], "<u2"), np.frombuffer(parts[1], np.int8)
         codes = codes.reshape(grid.n_tokens, grid.n_channels)
         target = _stored(destination, dtype).reshape(codes.shape)
-        for run in grid.runs(grid.n_tokens):
-            scale = _widen(scales[run.first : run.last]).reshape(run.scales_shape)
-            floats = codes[run.start : run.stop].reshape(run.shape) * scale
-            _round_into(floats, target[run.start : run.stop].reshape(run.shape), dtype)
+        for part in grid.parts():
+            scale = _widen(scales[part.first : part.last]).reshape(part.scales_shape)
+            with np.errstate(all="ignore"):  # of a damaged blob; its checksum says so
+                floats = codes[part.start : part.stop].reshape(part.shape) * scale
+            _round_into(floats, target[part.start : part.stop].reshape(part.shape), dtype)
 
     def quantize4(
         self, numbers: memoryview, dtype: str, grid: Grid
@@ -185,19 +188,20 @@ class NumpyKernels:
         stored = _stored(numbers, dtype).reshape(grid.n_tokens, grid.n_channels)
         codes = np.empty(stored.shape, np.uint8)
         scales, zeros = np.empty(grid.n_groups, np.uint16), np.empty(grid.n_groups, np.int16)
-        for run in grid.runs(grid.n_tokens):
-            floats = _floats(stored[run.start : run.stop], dtype).reshape(run.shape)
-            least = floats.min(axis=run.axis, keepdims=True)
-            most = floats.max(axis=run.axis, keepdims=True)
+        for part in grid.parts():
+            floats = _floats(stored[part.start : part.stop], dtype).reshape(part.shape)
+            least = floats.min(axis=part.axis, keepdims=True)
+            most = floats.max(axis=part.axis, keepdims=True)
             step = (most - least) / np.float32(15)
             # Else a zero far away from nought would not fit its 16 bits.
-            step = np.maximum(step, np.maximum(-least, most) / np.float32(_MAX_ZERO))
+            reach = np.maximum(np.abs(least), np.abs(most))
+            step = np.maximum(step, reach / np.float32(_MAX_ZERO))
             scale = _scale_up(step)
             zero = np.rint(least / _widen(scale))
-            scales[run.first : run.last] = scale.reshape(-1)
-            zeros[run.first : run.last] = zero.reshape(-1)
+            scales[part.first : part.last] = scale.reshape(-1)
+            zeros[part.first : part.last] = zero.reshape(-1)
             code = np.clip(np.rint(floats / _widen(scale)) - zero, 0, 15)
-            codes[run.start : run.stop].reshape(run.shape)[...] = code
+            codes[part.start : part.stop].reshape(part.shape)[...] = code
         half = grid.n_channels // 2
         return _bytes(scales), _bytes(zeros), _bytes(codes[:, :half] | codes[:, half:] << 4)
 
@@ -215,11 +219,12 @@ class NumpyKernels:
         packed = np.frombuffer(parts[2], np.uint8).reshape(grid.n_tokens, -1)
         codes = np.concatenate([packed & 15, packed >> 4], axis=1)
         target = _stored(destination, dtype).reshape(codes.shape)
-        for run in grid.runs(grid.n_tokens):
-            scale = _widen(scales[run.first : run.last]).reshape(run.scales_shape)
-            zero = zeros[run.first : run.last].astype(np.float32).reshape(run.scales_shape)
-            floats = (codes[run.start : run.stop].reshape(run.shape) + zero) * scale
-            _round_into(floats, target[run.start : run.stop].reshape(run.shape), dtype)
+        for part in grid.parts():
+            scale = _widen(scales[part.first : part.last]).reshape(part.scales_shape)
+            zero = zeros[part.first : part.last].astype(np.float32).reshape(part.scales_shape)
+            with np.errstate(all="ignore"):  # of a damaged blob; its checksum says so
+                floats = (codes[part.start : part.stop].reshape(part.shape) + zero) * scale
+            _round_into(floats, target[part.start : part.stop].reshape(part.shape), dtype)
 
 
 _in_use: list[Kernels] = [NumpyKernels()]
@@ -259,7 +264,8 @@ def _round_into(floats: npt.NDArray[np.float32], target: Array, dtype: str) -> N
     import numpy as np
 
     if dtype != "bfloat16":
-        target[...] = floats
+        with np.errstate(all="ignore"):  # as above
+            target[...] = floats
         return
     bits = np.ascontiguousarray(floats).view(np.uint32)
     target[...] = bits + 0x7FFF + (bits >> 16 & 1) >> 16
