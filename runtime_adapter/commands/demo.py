@@ -75,7 +75,7 @@ def demo(
         raise click.UsageError("--data goes with --model")
     with contextlib.ExitStack() as stack:
         if model is None:
-            program = stack.enter_context(_packaged("tiny-llama.pte"))
+            program = stack.enter_context(packaged("tiny-llama.pte"))
             prompt = builtin_prompt()
         else:
             program = model
@@ -162,10 +162,10 @@ def run(
     )
 
 
-def builtin_prompt() -> list[int]:
+def builtin_prompt(n_tokens: int = PROMPT_N_TOKENS) -> list[int]:
     """The packaged prompt: 256 (begin), then the bytes of a piece of Python."""
-    with _packaged("prompt.txt") as path:
-        return [_BEGIN_TOKEN, *path.read_bytes()[: PROMPT_N_TOKENS - 1]]
+    with packaged("prompt.txt") as path:
+        return [_BEGIN_TOKEN, *path.read_bytes()[: n_tokens - 1]]
 
 
 def _problem(cold: dict[str, Any], warm: dict[str, Any], *, own: list[int]) -> str | None:
@@ -238,7 +238,7 @@ def _run_of(answer: dict[str, Any], *, n_computed: int, n_restored: int) -> Run:
 
 
 @contextlib.contextmanager
-def _packaged(name: str) -> Iterator[Path]:
+def packaged(name: str) -> Iterator[Path]:
     """A file of the built-in demo, from the installed package."""
     source = resources.files("runtime_adapter") / "demo" / name
     if not source.is_file():
