@@ -22,7 +22,7 @@ def _shown(character: str) -> str:
 def command(path: Path, *, as_json: bool) -> None:
     """List the sessions of STORE, the last saved first.
 
-    TOKENS is what was saved, STORED how many of them still have K and V in the
+    CODEC is what a session was stored with, exact or lossy. TOKENS is what was saved, STORED how many of them still have K and V in the
     file (pruning takes those, and leaves the session).
     """
     with open_existing(path, read_only=True) as store:
@@ -40,6 +40,7 @@ def command(path: Path, *, as_json: bool) -> None:
                         "name": session.name,
                         "namespace": session.namespace,
                         "model": session.fingerprint,
+                        "codec": session.codec,
                         "n_tokens": session.n_tokens,
                         "n_stored_tokens": session.n_stored_tokens,
                         "metadata": session.metadata,
@@ -51,7 +52,7 @@ def command(path: Path, *, as_json: bool) -> None:
             }
         )
         return
-    rows = [("NAME", "MODEL", "TOKENS", "STORED", "SAVED (UTC)")]
+    rows = [("NAME", "MODEL", "CODEC", "TOKENS", "STORED", "SAVED (UTC)")]
     for session in sessions:
         saved = datetime.fromtimestamp(session.updated_at_ms / 1000, UTC)
         name = f"{session.namespace}/{session.name}" if session.namespace else session.name
@@ -60,16 +61,17 @@ def command(path: Path, *, as_json: bool) -> None:
             (
                 name,
                 str(session.fingerprint)[:12],
+                session.codec,
                 str(session.n_tokens),
                 str(session.n_stored_tokens),
                 f"{saved:%Y-%m-%d %H:%M:%S}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for name, model, n_tokens, n_stored, saved_at in rows:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for name, model, codec, n_tokens, n_stored, saved_at in rows:
         click.echo(
-            f"{name:<{widths[0]}}  {model:<{widths[1]}}  {n_tokens:>{widths[2]}}  "
-            f"{n_stored:>{widths[3]}}  {saved_at}"
+            f"{name:<{widths[0]}}  {model:<{widths[1]}}  {codec:<{widths[2]}}  "
+            f"{n_tokens:>{widths[3]}}  {n_stored:>{widths[4]}}  {saved_at}"
         )
     click.echo(
         f"{format_count(len(sessions), 'session')}, {format_count(stats.n_chunks, 'chunk')}, "
