@@ -65,7 +65,7 @@ def test_ls_prints_a_table_on_stdout_and_the_sum_on_stderr(cli, filled):
     result = cli("ls")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["NAME", "MODEL", "TOKENS", "STORED", "SAVED", "(UTC)"]
+    assert lines[0].split() == ["NAME", "MODEL", "CODEC", "TOKENS", "STORED", "SAVED", "(UTC)"]
     assert [line.split()[0] for line in lines[1:]] == ["app/spaced", "third", "second", "first"]
     assert str(BytesCache().fingerprint)[:12] in lines[4]
     assert "4 sessions" in result.stderr
@@ -76,7 +76,7 @@ def test_ls_as_json_is_one_object(cli, filled):
     listing = json.loads(result.stdout)
     assert listing["path"] == str(filled)
     assert set(listing["sessions"][0]) == {
-        "name", "namespace", "model", "n_tokens", "n_stored_tokens",
+        "name", "namespace", "model", "codec", "n_tokens", "n_stored_tokens",
         "metadata", "created_at_ms", "updated_at_ms",
     }  # fmt: skip
     assert listing["sessions"][3]["metadata"] == {"raw": "00ff"}
