@@ -50,7 +50,7 @@ class Conversation:
         """The first ``n_tokens`` are at hand now, and have come about so."""
         differing = [one.start for one in {*self.edits} ^ {*edits} if one.start < n_tokens]
         if differing:
-            self.edits = edits
+            self.edits = (*edits, *(one for one in self.edits if one.start >= n_tokens))
             self.logits = {at: found for at, found in self.logits.items() if at <= min(differing)}
 
     def replace(self, start: int, stop: int, tokens: list[int]) -> None:

@@ -149,6 +149,8 @@ class Follower:
             reached = self._settle(hit)
             n_live = min(hit.n_kept_tokens, reached)
             n_restored, reason = reached - n_live, hit.reason
+            # What went through a lossy codec is marked, and its logits are of another day.
+            self.conversation.note_edits(cache.edits, reached)
         if cache.n_tokens != n_live + n_restored:
             self._cut_back(0)
         self._note()

@@ -551,3 +551,37 @@ def test_a_sampler_that_was_set_out_of_range_is_refused_when_it_is_saved(store):
         session.sampler.temperature = -1
         with pytest.raises(InputError, match="temperature"):
             session.save()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", available(NAMES))
+def test_a_conversation_with_a_lossy_codec_goes_on_and_says_so(name, tmp_path, run_python):
+    """Resumed in another process; what it computed there joins what was stored before."""
+    path, program = tmp_path / "sessions.db", programs.path(name)
+    options = {"chunk_n_tokens": 16, "checkpoint_n_tokens": 1, "codec": "int8"}
+    with Model.open(program) as model, kvstore.open(path, **options) as store:
+        with Session(model, store, name="chat") as session:
+            session.append(WORDS[:50])
+            tokens = (*session.tokens, *session.generate(6))
+            session.save()
+        is_lossy = store.sessions()[0].codec == "int8"
+        assert is_lossy == (name != "quantized_ring")  # that one is quantized already
+    done = run_python(
+        "import sys, kvstore; from runtime_adapter import Model, Session\n"
+        f"store = kvstore.open(sys.argv[1], **{options!r})\n"
+        "session = Session(Model.open(sys.argv[2]), store, name='chat')\n"
+        "print(session.resumed.n_restored_tokens, bool(session.edits), *session.tokens)\n"
+        "session.append([7, 8]); list(session.generate(6)); session.regenerate()\n"
+        "list(session.generate(3)); session.save(); session.close(); store.close()\n",
+        str(path),
+        str(program),
+    )
+    n_restored, is_marked, *ids = done.stdout.split()
+    assert [int(token) for token in ids] == list(tokens)
+    assert (int(n_restored) > 40, is_marked) == (True, str(is_lossy))
+    with Model.open(program) as model, kvstore.open(path, **options) as store:
+        (info,) = store.sessions()
+        assert (info.codec == "int8", info.n_tokens) == (is_lossy, len(tokens) + 2 + 3 - 1)
+        with Session(model, store, name="chat") as session:
+            assert session.resumed.n_restored_tokens >= info.n_tokens - 1
+        assert store.verify().ok
