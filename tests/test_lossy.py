@@ -388,6 +388,40 @@ def test_a_flipped_bit_in_codes_is_an_error_or_caught_by_the_checksum(data):
     assert b"".join(checked) != b"".join(encoded.checked)
 
 
+@settings(deadline=None)
+@given(
+    n_tokens=st.integers(1, 150),
+    name=st.sampled_from(["int8", "int8-channel", "int4"]),
+    role=st.sampled_from("kv"),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+    offset=st.sampled_from([0.0, 1.0, -50.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_no_number_is_further_off_than_half_a_step(n_tokens, name, role, scale, offset, seed):  # noqa: PLR0917
+    block = Block(dtype="float32", start=9, n_tokens=n_tokens, n_channels=64, head_dim=32)
+    numbers = np.random.default_rng(seed).standard_normal((n_tokens, 64)) + offset
+    numbers = (numbers * scale).astype(np.float32)
+    encoded = codec.encode(memoryview(numbers.tobytes()), block, name, role)
+    destination = memoryview(bytearray(numbers.nbytes))
+    codec.decode_into(encoded.tag, encoded.stored, block, destination)
+    restored = np.frombuffer(destination, "<f4").reshape(numbers.shape)
+    by_channel = role == "k" and name != "int8"
+    size = 32 if not by_channel else 64
+    starts = range(0, n_tokens if by_channel else 64, size)
+    for start in starts:
+        part = np.s_[start : start + size] if by_channel else np.s_[:, start : start + size]
+        was, now = numbers[part].astype(np.float64), restored[part].astype(np.float64)
+        axis = 0 if by_channel else 1
+        if name == "int4":
+            reach = np.abs(was).max(axis=axis, keepdims=True) / 32767
+            step = np.maximum(np.ptp(was, axis=axis, keepdims=True) / 15, reach)
+        else:
+            step = np.abs(was).max(axis=axis, keepdims=True) / 127
+        # A scale is rounded up by a part in 128 at most; the ends of int4 by half a step more.
+        limit = step * (1 + 1 / 128) * (1.0 if name == "int4" else 0.5) * 1.0001 + 2**-126
+        assert (np.abs(was - now) <= limit).all()
+
+
 def test_the_tensor_spec_decides_what_may_lose():
     spec = LAYOUT.tensors[0]
     assert codec.may_lose(spec)

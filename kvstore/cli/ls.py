@@ -22,8 +22,9 @@ def _shown(character: str) -> str:
 def command(path: Path, *, as_json: bool) -> None:
     """List the sessions of STORE, the last saved first.
 
-    CODEC is what a session was stored with, exact or lossy. TOKENS is what was saved, STORED how many of them still have K and V in the
-    file (pruning takes those, and leaves the session).
+    CODEC is what a session was stored with, exact or lossy. TOKENS is what was saved,
+    STORED how many of them still have K and V in the file (pruning takes those, and
+    leaves the session).
     """
     with open_existing(path, read_only=True) as store:
         sessions = store.sessions(all_namespaces=True)
