@@ -9,6 +9,7 @@ from kvstore.checksum import blob_checksum
 from kvstore.codec import block_of
 from kvstore.db import blobs
 from kvstore.db.blobs import BlobRow, NewBlob
+from kvstore.db.engine import driver_connection
 from kvstore.errors import CorruptStoreError
 from kvstore.layout import TensorSpec
 from kvstore.prefix import Key
@@ -63,5 +64,5 @@ def check_blob(connection: sa.Connection, row: BlobRow, key: Key, spec: TensorSp
     Raises:
         CorruptStoreError: it is missing or damaged.
     """
-    stored = blobs.read_payload(connection, row.payload_id)
+    stored = blobs.read_payload(driver_connection(connection), row)
     decode_blob(row, key, spec, stored, memoryview(bytearray(row.raw_nbytes)))

@@ -1,4 +1,4 @@
-"""Loading: rows -> codec -> chunk -> layout -> live buffer.
+"""Loading: what is wanted, a plan, its bytes in place, and why they were not more.
 
 Never leaves doubt: the cache's length drops before the first byte is written,
 and grows again only over chunks that arrived whole and verified.
@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future
-from contextlib import contextmanager, suppress
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import sqlalchemy as sa
 
-from kvstore import regions
-from kvstore.blob import decode_blob
 from kvstore.codec import EXACT
-from kvstore.db import blobs, models, sessions
 from kvstore.db import engine as db
+from kvstore.db import models, sessions
 from kvstore.db.schema import Database
 from kvstore.db.sessions import Revision
 from kvstore.db.vendor import vendor_errors
@@ -31,19 +27,15 @@ from kvstore.errors import CorruptStoreError, SessionNotFoundError, StoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import LiveCache
 from kvstore.lineage import Lineage, before
-from kvstore.load_plan import LoadItem, LoadPlan, LoadStep, plan_load
+from kvstore.load_plan import LoadPlan, plan_load
 from kvstore.lossy import adapter_of, mark_of, unmarked
-from kvstore.match import blob_raw_nbytes
+from kvstore.restore import Crew, Restore
 from kvstore.tokens import TokenIds, common_prefix_n_tokens
 
 _INTEGER_TYPECODES = {"int64": "q", "int32": "i"}
 
 _MAX_N_ASKED_SESSIONS = 100
 """How many shortened sessions are looked at for the reason of a miss: bounds the time."""
-
-_BATCH_NBYTES = 1 << 20
-_MAX_PENDING_BATCHES = 4
-"""How far the reader may run ahead of the decoders: bounds memory."""
 
 
 class MissReason(StrEnum):
@@ -134,7 +126,7 @@ class Loaded:
     revision: Revision | None
 
 
-def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
+def load(database: Database, request: LoadRequest, *, workers: Executor, n_threads: int) -> Loaded:
     """Restore the longest prefix that can be served; a miss is a result, not an error.
 
     Raises:
@@ -148,7 +140,8 @@ def load(database: Database, request: LoadRequest, workers: Executor) -> Loaded:
         ids = wanted.ids
         with vendor_errors(database.path):
             plan = _plan(connection, request, wanted)
-        outcome = _Restore(connection, cache, workers, database.path).run(plan)
+        crew = Crew(workers=workers, readers=database.readers, n_threads=n_threads)
+        outcome = _carry_out(connection, cache, plan, crew, database.path)
 
         n_tokens = outcome.n_tokens
         has_logits = n_tokens == len(ids)
@@ -234,152 +227,53 @@ class _Outcome:
     failure: str | None = None
 
 
-_Read: TypeAlias = tuple[LoadItem, bytes]
-"""A blob, and its stored bytes."""
+def _carry_out(
+    connection: sa.Connection, cache: LiveCache, plan: LoadPlan, crew: Crew, path: Path
+) -> _Outcome:
+    """Put the planned blobs in place; the cache's length is never more than what arrived.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Decoding:
-    """Some blobs on their way; with ``stop``, the last ones of a chunk that ends there."""
-
-    done: Future[int]
-    stop: int | None
-
-
-class _Restore:
-    """Reads blobs in order; the workers decode them, a bounded step behind."""
-
-    def __init__(
-        self, connection: sa.Connection, cache: LiveCache, workers: Executor, path: Path
-    ) -> None:
-        self._connection = connection
-        self._cache = cache
-        self._workers = workers
-        self._path = path
-        self._valid_n_tokens = 0
-        self._raw_nbytes = 0
-        self._stored_nbytes = 0
-
-    def run(self, plan: LoadPlan) -> _Outcome:
-        """Put the planned blobs in place; the cache's length is never more than what arrived.
-
-        A cache of full tensors keeps the chunks that arrived before a failure; rings
-        and recurrent state are worth nothing in part, so such a cache is emptied.
-        """
-        cache = self._cache
-        failure = plan.damage
-        cache.truncate(plan.kept_n_tokens)
-        self._valid_n_tokens = plan.kept_n_tokens
-        try:
-            with vendor_errors(self._path):
-                self.put_in_place(plan.steps)
-            if plan.n_tokens > plan.kept_n_tokens:
-                self.derive(plan.n_tokens)
-                self._valid_n_tokens = plan.n_tokens
-        except StoreError as error:
-            failure = str(error)
-        finally:
-            if self._valid_n_tokens < plan.n_tokens and not cache.layout.is_full:
-                self._valid_n_tokens = 0
-                cache.truncate(0)
-            if self._valid_n_tokens > plan.kept_n_tokens:
-                n_tokens = self._valid_n_tokens
-                cache.adopt(plan.ids[:n_tokens], plan.edits(n_tokens))
-        return _Outcome(
-            n_tokens=self._valid_n_tokens,
-            raw_nbytes=self._raw_nbytes,
-            stored_nbytes=self._stored_nbytes,
-            failure=failure,
-        )
-
-    def put_in_place(self, steps: Sequence[LoadStep]) -> None:
-        """Read, decode and place all blobs.
-
-        Returns when all of them have arrived and are verified; no worker writes
-        any more, also after an exception.
-        """
-        pending: deque[_Decoding] = deque()
-        with _all_settled(pending):
-            for read, stop in self._batches(steps):
-                if len(pending) >= _MAX_PENDING_BATCHES:
-                    self._take(pending)
-                done = self._workers.submit(_decode_batch, self._cache, read)
-                pending.append(_Decoding(done=done, stop=stop))
-            while pending:
-                self._take(pending)
-
-    def _batches(self, steps: Sequence[LoadStep]) -> Iterator[tuple[list[_Read], int | None]]:
-        """Stored blobs in order, as many at a time as are worth a worker's while.
-
-        With the last ones of a chunk comes where full tensors are in place up to then.
-        """
-        for step in steps:
-            batch: list[_Read] = []
-            batch_nbytes = 0
-            for item in step.items:
-                if batch_nbytes >= _BATCH_NBYTES:
-                    yield batch, None
-                    batch, batch_nbytes = [], 0
-                stored = blobs.read_payload(self._connection, item.row.payload_id)
-                self._stored_nbytes += len(stored)
-                batch_nbytes += len(stored)
-                batch.append((item, stored))
-            yield batch, step.stop
-
-    def _take(self, pending: deque[_Decoding]) -> None:
-        """Wait for the oldest decode; it stays pending if the wait is interrupted."""
-        oldest = pending[0]
-        self._raw_nbytes += oldest.done.result()
-        if oldest.stop is not None and self._cache.layout.is_full:
-            self._valid_n_tokens = oldest.stop
-        pending.popleft()
-
-    def derive(self, n_tokens: int) -> None:
-        """Write what follows from the length alone, such as the position in each slot of a ring."""
-        for tensor, spec in enumerate(self._cache.layout.tensors):
-            elements = kind_of(spec).derived(spec, n_tokens)
-            if elements is not None:
-                content = array(_INTEGER_TYPECODES[spec.dtype], elements)
-                self._cache.buffer(tensor)[:] = memoryview(content).cast("B")
-
-
-def _decode_batch(cache: LiveCache, read: Sequence[_Read]) -> int:
-    """Verify some blobs and put what is wanted of them in place; returns the bytes put."""
-    return sum(_decode_item(cache, item, stored) for item, stored in read)
-
-
-def _decode_item(cache: LiveCache, item: LoadItem, stored: bytes) -> int:
-    """Verify one blob and put the wanted part of it in place; returns the bytes put."""
-    row = item.row
-    spec = cache.layout.tensors[row.tensor]
-    buffer = cache.buffer(row.tensor)
-    is_whole = (item.start, item.stop) == (row.start, row.stop)
-    decoded = regions.in_place(spec, buffer, row.start, row.stop) if is_whole else None
-    in_place = decoded is not None
-    if decoded is None:
-        decoded = memoryview(bytearray(row.raw_nbytes))
+    A cache of full tensors keeps the chunks that arrived before a failure; rings
+    and recurrent state are worth nothing in part, so such a cache is emptied.
+    """
+    failure = plan.damage
+    n_tokens = plan.kept_n_tokens
+    cache.truncate(n_tokens)
+    restore = Restore(cache, plan.steps, path=path)
     try:
-        decode_blob(row, item.key, spec, stored, decoded)
-    except CorruptStoreError as error:
-        raise CorruptStoreError(
-            f"chunk {item.key.hex()[:12]}, {spec.name}, tokens [{row.start}, {row.stop}): {error}"
-        ) from error
-    nbytes = blob_raw_nbytes(spec, item.start, item.stop)
-    if not in_place:
-        first = (item.start - row.start) * spec.slot_nbytes
-        regions.scatter(spec, buffer, item.start, item.stop, decoded[first : first + nbytes])
-    return nbytes
-
-
-@contextmanager
-def _all_settled(pending: Sequence[_Decoding]) -> Iterator[None]:
-    """Wait for every pending decode at the end, whatever happened."""
-    try:
-        yield
+        restore.run(db.driver_connection(connection), crew)
+        if plan.n_tokens > plan.kept_n_tokens:
+            _derive(cache, plan.n_tokens)
+            n_tokens = plan.n_tokens
+    except StoreError as error:
+        failure = str(error)
     finally:
-        for decoding in pending:
-            if not decoding.done.cancel():
-                decoding.done.exception()
+        if n_tokens < plan.n_tokens:
+            n_tokens = _n_tokens_in_place(cache, plan, restore.n_steps)
+        if n_tokens > plan.kept_n_tokens:
+            cache.adopt(plan.ids[:n_tokens], plan.edits(n_tokens))
+    return _Outcome(
+        n_tokens=n_tokens,
+        raw_nbytes=restore.raw_nbytes,
+        stored_nbytes=restore.stored_nbytes,
+        failure=failure,
+    )
+
+
+def _n_tokens_in_place(cache: LiveCache, plan: LoadPlan, n_steps: int) -> int:
+    """How many tokens the cache holds after ``n_steps``; one that needs all of them is emptied."""
+    if not cache.layout.is_full:
+        cache.truncate(0)
+        return 0
+    return plan.steps[n_steps - 1].stop if n_steps else plan.kept_n_tokens
+
+
+def _derive(cache: LiveCache, n_tokens: int) -> None:
+    """Write what follows from the length alone, such as the position in each slot of a ring."""
+    for tensor, spec in enumerate(cache.layout.tensors):
+        elements = kind_of(spec).derived(spec, n_tokens)
+        if elements is not None:
+            content = array(_INTEGER_TYPECODES[spec.dtype], elements)
+            cache.buffer(tensor)[:] = memoryview(content).cast("B")
 
 
 def _wanted(connection: sa.Connection, request: LoadRequest, database: Database) -> _Wanted:

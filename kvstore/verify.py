@@ -45,7 +45,7 @@ class VerifyReport:
 
 def verify(database: Database) -> VerifyReport:
     """Check SQLite's own structures, references, keys, ranges and every blob's checksum."""
-    with db.read_transaction(database.engine) as connection:
+    with db.read_transaction(database.engine) as connection, db.unmapped(connection):
         problems = [*_sqlite_problems(connection)]
         layouts: dict[int, Layout] = {}
         problems += _model_problems(connection, layouts)

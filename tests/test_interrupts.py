@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy.engine import cursor as sa_cursor
 
 import kvstore
-from kvstore import load
+from kvstore import restore
 from tests.fakes import BytesCache
 from tests.oracle import computed, load_exact, save
 
@@ -48,38 +48,19 @@ def test_after_an_interrupted_load_nothing_writes_into_the_cache(open_store, mon
     store = open_store(chunk_n_tokens=8)
     save(store, TOKENS, name="chat")
     decoding, go_on = threading.Event(), threading.Event()
-    decode = load.decode_blob
+    decode = restore.decode_blob
 
-    def held_up(row, *arguments):
-        if row.payload_id == 1:
-            decoding.set()
-            assert go_on.wait(60)
-        decode(row, *arguments)
+    def held_up(*arguments):
+        if threading.current_thread() is threading.main_thread():
+            assert decoding.wait(60)
+            threading.Timer(0.5, go_on.set).start()
+            raise KeyboardInterrupt
+        decoding.set()
+        assert go_on.wait(60)
+        decode(*arguments)
 
-    class Interrupted:
-        """Waits like a future, until Ctrl-C."""
-
-        def __init__(self, future):
-            self._future = future
-            self._is_first = True
-
-        def result(self):
-            if self._is_first:
-                self._is_first = False
-                assert decoding.wait(60)
-                threading.Timer(0.5, go_on.set).start()
-                raise KeyboardInterrupt
-            return self._future.result()
-
-        def cancel(self):
-            return self._future.cancel()
-
-        def exception(self):
-            return self._future.exception()
-
-    submit = store._workers.submit
-    monkeypatch.setattr(load, "decode_blob", held_up)
-    monkeypatch.setattr(store._workers, "submit", lambda *call: Interrupted(submit(*call)))
+    monkeypatch.setattr(restore, "_NBYTES_A_HELPER", 1)
+    monkeypatch.setattr(restore, "decode_blob", held_up)
     cache = BytesCache()
     with pytest.raises(KeyboardInterrupt):
         store.load_session(cache, TOKENS)

@@ -31,7 +31,7 @@ _SAMPLE_NBYTES = 16 << 10
 _MIN_GAIN = 20
 """One part in so many has to be saved, or a plane is not worth decompressing."""
 
-_zstd = Zstd()
+_zstd = Zstd(long_matches_only=True)
 _per_thread = threading.local()
 
 
@@ -71,21 +71,19 @@ class Planes:
         Raises:
             DecodeError: the bytes decode to anything but ``destination.nbytes`` bytes.
         """
-        import numpy as np
-
         bodies = _bodies(stored)
         n_numbers, rest = divmod(destination.nbytes, len(bodies))
         if rest:
             raise DecodeError(
                 f"planes blob: expected {len(bodies)} equal planes for {destination.nbytes} bytes"
             )
-        scratch = _scratch(2 * n_numbers + destination.nbytes)
+        n_widths = len(bodies).bit_length() - 1
+        scratch = _scratch(destination.nbytes * n_widths)
         planes = [
             _plane(method, body, scratch[number * n_numbers : (number + 1) * n_numbers])
             for number, (method, body) in enumerate(bodies)
         ]
-        joined = scratch[destination.nbytes : destination.nbytes + 2 * n_numbers].view("<u2")
-        _interleave(planes, np.frombuffer(destination, "<u2"), joined)
+        _interleave(planes, destination, scratch[destination.nbytes :])
 
 
 def _gains(shorter: memoryview, plane: memoryview) -> bool:
@@ -130,21 +128,31 @@ def _plane(method: int, body: memoryview, place: npt.NDArray[np.uint8]) -> npt.N
 
 
 def _interleave(
-    planes: Sequence[npt.NDArray[np.uint8]],
-    destination: npt.NDArray[np.uint16],
-    joined: npt.NDArray[np.uint16],
+    planes: Sequence[npt.NDArray[np.unsignedinteger]],
+    destination: memoryview,
+    scratch: npt.NDArray[np.uint8],
 ) -> None:
-    """Put the planes' bytes side by side, two planes at a time: three times as fast as one."""
+    """Put the planes' bytes side by side: two planes become one of wider numbers, and so on.
+
+    Whole numbers at a time, shifted and joined, are three times as fast as byte by byte.
+    """
     import numpy as np
 
-    step = len(planes) // 2
-    for number in range(step):
-        low, high = planes[2 * number], planes[2 * number + 1]
-        target = destination if step == 1 else joined
-        np.left_shift(high, 8, out=target, dtype=np.uint16, casting="unsafe")
+    bits = 8 * planes[0].itemsize
+    wider = np.dtype(f"<u{2 * planes[0].itemsize}")
+    nbytes = planes[0].size * wider.itemsize
+    joined = []
+    for number in range(0, len(planes), 2):
+        low, high = planes[number], planes[number + 1]
+        room = destination if len(planes) == 2 else scratch[:nbytes]
+        target = np.frombuffer(room, wider)
+        np.copyto(target, high)
+        np.left_shift(target, bits, out=target)
         np.bitwise_or(target, low, out=target)
-        if step > 1:
-            destination[number::step] = joined
+        joined.append(target)
+        scratch = scratch[nbytes:]
+    if len(joined) > 1:
+        _interleave(joined, destination, scratch)
 
 
 def _scratch(nbytes: int) -> npt.NDArray[np.uint8]:

@@ -27,30 +27,55 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     return decompressor
 
 
-def _compressor(level: int) -> zstandard.ZstdCompressor:
-    """This thread's compressor of that level."""
-    made: dict[int, zstandard.ZstdCompressor] = _per_thread.__dict__.setdefault("compressors", {})
-    if level not in made:
-        made[level] = zstandard.ZstdCompressor(level=level, write_content_size=True)
-    return made[level]
+def _compressor(*, long_matches_only: bool) -> zstandard.ZstdCompressor:
+    """This thread's compressor of that kind."""
+    made: dict[bool, zstandard.ZstdCompressor] = _per_thread.__dict__.setdefault("compressors", {})
+    if long_matches_only not in made:
+        made[long_matches_only] = (
+            zstandard.ZstdCompressor(compression_params=_long_matches_only())
+            if long_matches_only
+            else zstandard.ZstdCompressor(level=1, write_content_size=True)
+        )
+    return made[long_matches_only]
+
+
+def _long_matches_only() -> zstandard.ZstdCompressionParameters:
+    """Matches of 16 bytes or more from anywhere, and next to no others: what is left is entropy.
+
+    The finder of short matches cannot be turned off; with so small a table it finds none by chance.
+    """
+    return zstandard.ZstdCompressionParameters(
+        write_content_size=True,
+        strategy=zstandard.STRATEGY_FAST,
+        window_log=17,
+        hash_log=6,
+        min_match=7,
+        target_length=0,
+        enable_ldm=True,
+        ldm_min_match=16,
+        ldm_hash_log=13,
+        ldm_bucket_size_log=2,
+        ldm_hash_rate_log=0,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Zstd:
     """Tag 1: a single frame with its content size in the header, nothing behind it.
 
-    Level 1: K and V in floating point hardly compress, and higher levels take
-    several times as long for the last percent.
+    Level 1: K and V in floating point hardly compress, and higher levels take several times as
+    long for the last percent. ``long_matches_only`` is for bytes of few values in no order, such
+    as exponents: short matches between them are chance, and cost more than they save.
     """
 
     tag: ClassVar[int] = 1
     name: ClassVar[str] = "zstd"
 
-    level: int = 1
+    long_matches_only: bool = False
 
     def encode(self, data: memoryview) -> memoryview:
         """One frame over ``data``."""
-        return memoryview(_compressor(self.level).compress(data))
+        return memoryview(_compressor(long_matches_only=self.long_matches_only).compress(data))
 
     def decode_into(self, stored: memoryview, destination: memoryview) -> None:
         """Decompress straight into ``destination``."""

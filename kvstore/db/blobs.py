@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from kvstore.db.engine import driver_connection
 from kvstore.db.tables import blobs, payloads
 from kvstore.errors import CorruptStoreError
 
@@ -106,25 +106,28 @@ def of_chunk(connection: sa.Connection, chunk_id: int) -> list[BlobRow]:
     return [_row(row) for row in connection.execute(query)]
 
 
-def read_payload(connection: sa.Connection, payload_id: int) -> bytes:
-    """The stored bytes of one payload.
+def read_payload(driver: sqlite3.Connection, row: BlobRow) -> bytes:
+    """The stored bytes of a blob, read on the driver's own connection.
 
-    Goes to the driver's cursor of the same transaction: through SQLAlchemy's
-    result objects the same rows arrive at half the speed.
+    Through a blob handle: unlike with a query's rows, other threads run while the bytes are
+    copied, and they are copied once less.
 
     Raises:
-        CorruptStoreError: there is no such row.
+        CorruptStoreError: there is no such payload, or not one of ``row.stored_nbytes`` bytes.
     """
-    cursor = driver_connection(connection).execute(
-        "SELECT data FROM payloads WHERE id = ?", (payload_id,)
-    )
-    row = cursor.fetchone()
-    if row is None:
-        raise CorruptStoreError(f"payload {payload_id} is missing")
-    data = row[0]
-    if not isinstance(data, bytes):
-        raise CorruptStoreError(f"payload {payload_id} holds {type(data).__name__}, not bytes")
-    return data
+    try:
+        with driver.blobopen("payloads", "data", row.payload_id, readonly=True) as blob:
+            if len(blob) != row.stored_nbytes:
+                raise CorruptStoreError(
+                    f"payload {row.payload_id}: expected {row.stored_nbytes} bytes, "
+                    f"found {len(blob)}"
+                )
+            return blob.read()
+    except sqlite3.OperationalError as error:
+        # What cannot be opened as a blob; anything that goes wrong below has a code of its own.
+        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+            raise
+        raise CorruptStoreError(f"payload {row.payload_id} is missing ({error})") from error
 
 
 def _row(row: sa.Row[*tuple[Any, ...]]) -> BlobRow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,9 @@ APPLICATION_ID = 0x6B767331
 PAGE_SIZE_NBYTES = 16384
 INCREMENTAL = 2
 """``PRAGMA auto_vacuum`` of our files."""
+
+MAX_MMAP_NBYTES = 0x7FFF0000
+"""As much of a file as SQLite maps at most, unless it was built otherwise."""
 
 BUSY_TIMEOUT_SECONDS = 10.0
 _CHECKPOINT_WAIT_MS = 200
@@ -41,22 +44,23 @@ class _Connection(sqlite3.Connection):
             super().close()
 
 
-def make_engine(
+def connector(
     path: Path,
     *,
     access: Access,
     busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS,
     views: Sequence[str] = (),
-) -> sa.Engine:
-    """An engine on ``path`` that never opens the file except through SQLite.
+    mmap_nbytes: int = 0,
+) -> Callable[[], sqlite3.Connection]:
+    """What opens one more connection to ``path``; the file is never opened in another way.
 
     ``create`` makes a missing file, and is for nothing else: its settings take the write
     lock. ``query`` may write the file but does not, so that its last connection tidies the
     WAL away; ``read`` may not, and needs a writable folder if there is a WAL;
     ``immutable`` promises that nobody changes the file meanwhile. ``views`` are statements that
     make temporary views, in each connection's own memory, in front of the file's tables.
-    Transactions are explicit: the driver's own are off, and a ``begin`` listener
-    emits ``BEGIN``, so that schema changes roll back like everything else.
+    ``mmap_nbytes`` at the start of the file are mapped: an I/O error there ends the process.
+    Transactions are explicit: the driver's own are off.
     """
     mode = {"create": "rwc", "read": "ro", "immutable": "ro&immutable=1"}.get(access, "rw")
     uri = f"{path.absolute().as_uri()}?mode={mode}"
@@ -66,7 +70,7 @@ def make_engine(
             uri,
             uri=True,
             isolation_level=None,
-            check_same_thread=False,  # the pool hands a connection to one thread at a time
+            check_same_thread=False,  # whoever lends a connection lends it to one thread at a time
             timeout=busy_timeout_seconds,
             factory=_Connection,
         )
@@ -79,6 +83,8 @@ def make_engine(
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("PRAGMA synchronous = FULL")
+            # Said also when it is 0: SQLite may have been built with another default.
+            connection.execute(f"PRAGMA mmap_size = {mmap_nbytes}")
             if views:
                 connection.execute("PRAGMA temp_store = MEMORY")
             for view in views:
@@ -90,6 +96,28 @@ def make_engine(
             raise
         return connection
 
+    return connect
+
+
+def make_engine(
+    path: Path,
+    *,
+    access: Access,
+    busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS,
+    views: Sequence[str] = (),
+    mmap_nbytes: int = 0,
+) -> sa.Engine:
+    """An engine on ``path``, with the connections of ``connector``.
+
+    A ``begin`` listener emits ``BEGIN``, so that schema changes roll back like everything else.
+    """
+    connect = connector(
+        path,
+        access=access,
+        busy_timeout_seconds=busy_timeout_seconds,
+        views=views,
+        mmap_nbytes=mmap_nbytes,
+    )
     engine = sa.create_engine(
         "sqlite://", creator=connect, poolclass=QueuePool, pool_size=4, max_overflow=12
     )
@@ -118,6 +146,17 @@ def exclusive_transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
     immediate = engine.connect().execution_options(kvstore_begin="IMMEDIATE")
     with immediate as connection, connection.begin():
         yield connection
+
+
+@contextmanager
+def unmapped(connection: sa.Connection) -> Iterator[None]:
+    """Read the file without its mapping meanwhile, so that what is damaged is an error."""
+    mmap_nbytes = connection.exec_driver_sql("PRAGMA mmap_size").scalar() or 0
+    connection.exec_driver_sql("PRAGMA mmap_size = 0")
+    try:
+        yield
+    finally:
+        connection.exec_driver_sql(f"PRAGMA mmap_size = {mmap_nbytes}")
 
 
 def insert_row(connection: sa.Connection, table: sa.Table, **values: Any) -> int:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from kvstore._bundle import schemas_dir
 from kvstore.db import engine as db
+from kvstore.db.readers import Readers
 from kvstore.db.tables import FORMAT_VERSION
 from kvstore.db.vendor import vendor_errors
 from kvstore.errors import (
@@ -33,17 +34,26 @@ SchemaObjects = frozenset[tuple[str, str, str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Database:
-    """An engine on a checked file of the current format."""
+    """An engine on a checked file of the current format, and readers of its payloads."""
 
     path: Path
     engine: sa.Engine
+    readers: Readers
     read_only: bool
 
+    def close(self) -> None:
+        """Close all connections that are not in use."""
+        self.readers.close()
+        self.engine.dispose()
 
-def open_database(path: Path, *, read_only: bool, busy_timeout_seconds: float) -> Database:
+
+def open_database(
+    path: Path, *, read_only: bool, busy_timeout_seconds: float, mmap_nbytes: int = 0
+) -> Database:
     """The database at ``path``: created if missing, upgraded if older, else only checked.
 
-    An older one that may not be written is read as it is.
+    An older one that may not be written is read as it is. ``mmap_nbytes`` of the file are mapped
+    once it is checked.
 
     Raises:
         StorePathError: a directory, a missing folder, no permission, or a
@@ -82,14 +92,35 @@ def open_database(path: Path, *, read_only: bool, busy_timeout_seconds: float) -
                     path,
                     access=access,
                     busy_timeout_seconds=busy_timeout_seconds,
-                    views=VIEWS_OF_OLDER[version],
+                    views=_views(version, access),
                 )
             if access == "write" and not newer:
                 db.use_wal(engine)
+            if mmap_nbytes:
+                engine.dispose()
+                engine = db.make_engine(
+                    path,
+                    access=access,
+                    busy_timeout_seconds=busy_timeout_seconds,
+                    views=_views(version, access),
+                    mmap_nbytes=mmap_nbytes,
+                )
     except BaseException:
         engine.dispose()
         raise
-    return Database(path=path, engine=engine, read_only=newer or access != "write")
+    # A helper that would have to wait gives up: its load goes on without it.
+    connect = db.connector(path, access=access, busy_timeout_seconds=0, mmap_nbytes=mmap_nbytes)
+    return Database(
+        path=path,
+        engine=engine,
+        readers=Readers(connect),
+        read_only=newer or access != "write",
+    )
+
+
+def _views(version: int, access: db.Access) -> tuple[str, ...]:
+    """What a file of that version needs in front of it; one that may be written was upgraded."""
+    return () if access == "write" else VIEWS_OF_OLDER.get(version, ())
 
 
 def _create(path: Path, *, busy_timeout_seconds: float) -> None:

@@ -38,6 +38,8 @@ def vendor_errors(path: Path) -> Iterator[None]:
 
 def as_store_error(error: BaseException | None, path: Path) -> StoreError:
     """The ``StoreError`` that says what ``error`` means for the user of ``path``."""
+    if isinstance(error, StoreError):
+        return error
     # The low byte is the primary result code: https://www.sqlite.org/rescode.html
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     match code:
