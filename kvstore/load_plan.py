@@ -6,11 +6,13 @@ Only reads rows and decides; no payload, no buffer. ``kvstore.load`` acts.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sqlalchemy as sa
 
+from kvstore.db import blobs
 from kvstore.db.blobs import BlobRow
 from kvstore.db.models import SpaceRow
 from kvstore.errors import CorruptStoreError
@@ -18,10 +20,13 @@ from kvstore.kinds import kind_of
 from kvstore.layout import LOGITS_ROLE, Layout, LiveCache
 from kvstore.lineage import Lineage, n_common_tokens
 from kvstore.lossy import mark_of, marked, unmarked
-from kvstore.match import ChunkMatch, Piece, longest_prefix, piece_blobs, pieces
+from kvstore.match import ChunkMatch, Piece, checked_blobs, longest_prefix, pieces
 from kvstore.prefix import Key
-from kvstore.ranges import Range, clip, intersect, subtract, union
+from kvstore.ranges import Range, clip, subtract, union
 from kvstore.tokens import TokenIds
+
+_Found: TypeAlias = tuple[ChunkMatch, Piece, Sequence[BlobRow]]
+"""A piece of a match, and the blobs of its owner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +99,7 @@ def plan_load(
     limit = min(len(ids) if with_logits else len(ids) - 1, cache.capacity_n_tokens)
     kept = _kept(cache, ids, lineage, limit, mark)
     matches: list[ChunkMatch] = []
-    found: list[tuple[ChunkMatch, Piece, Sequence[BlobRow]]] = []
+    places: list[tuple[ChunkMatch, Piece]] = []
     damage: str | None = None
     try:
         stored = () if space is None else longest_prefix(connection, space, ids[:limit], lineage)
@@ -102,15 +107,18 @@ def plan_load(
             matches.append(match)
             if layout.is_full and match.stop <= kept:
                 continue  # live already; not even its rows are needed
-            found += [
-                (match, piece, piece_blobs(connection, piece, layout, is_lossy=bool(mark)))
-                for piece in pieces(connection, match)
-            ]
+            places += [(match, piece) for piece in pieces(connection, match)]
     except CorruptStoreError as error:
         damage = str(error)  # what came before it can still serve
+    found: list[_Found] = []
+    try:
+        for one in _with_blobs(connection, places, layout, is_lossy=bool(mark)):
+            found.append(one)  # noqa: PERF402  # what was found before an error counts
+    except CorruptStoreError as error:
+        damage = str(error)
     live = [clip(kind_of(spec).resident(spec, cache.held), 0, kept) for spec in layout.tensors]
     available = [
-        union([*live[tensor], *_stored(found, tensor)]) for tensor in range(len(layout.tensors))
+        union([*live[tensor], *ranges]) for tensor, ranges in enumerate(_stored(found, layout))
     ]
     n_tokens, limited_by = _servable(layout, available, limit)
     matched = max([kept, *(match.stop for match in matches)])
@@ -147,16 +155,34 @@ def _kept(
     return 0
 
 
-def _stored(
-    found: Sequence[tuple[ChunkMatch, Piece, Sequence[BlobRow]]], tensor: int
-) -> list[Range]:
-    """The positions of one tensor that the matched pieces have blobs for."""
-    return [
-        (row.start, min(row.stop, piece.stop))
-        for _, piece, rows in found
-        for row in rows
-        if row.tensor == tensor and row.start < piece.stop
-    ]
+def _with_blobs(
+    connection: sa.Connection,
+    places: Sequence[tuple[ChunkMatch, Piece]],
+    layout: Layout,
+    *,
+    is_lossy: bool,
+) -> Iterator[_Found]:
+    """Each piece with its blobs, which are all read at once and checked one piece at a time.
+
+    Raises:
+        CorruptStoreError: a blob is missing, or a row is not what it must be.
+    """
+    rows_of = blobs.of_chunks(connection, [*{piece.owner.id: None for _, piece in places}])
+    for match, piece in places:
+        rows = rows_of[piece.owner.id]
+        if isinstance(rows, CorruptStoreError):
+            raise rows
+        yield match, piece, checked_blobs(rows, piece, layout, is_lossy=is_lossy)
+
+
+def _stored(found: Sequence[_Found], layout: Layout) -> list[list[Range]]:
+    """The positions of each tensor that the matched pieces have blobs for."""
+    stored: list[list[Range]] = [[] for _ in layout.tensors]
+    for _, piece, rows in found:
+        for row in rows:
+            if row.start < piece.stop:
+                stored[row.tensor].append((row.start, min(row.stop, piece.stop)))
+    return stored
 
 
 def _servable(
@@ -178,7 +204,7 @@ def _servable(
 
 def _steps(
     layout: Layout,
-    found: Sequence[tuple[ChunkMatch, Piece, Sequence[BlobRow]]],
+    found: Sequence[_Found],
     live: Sequence[list[Range]],
     n_tokens: int,
 ) -> tuple[LoadStep, ...]:
@@ -193,9 +219,10 @@ def _steps(
         stops[match.chunk.id] = min(match.stop, n_tokens)
         items = by_chunk.setdefault(match.chunk.id, [])
         for row in rows:
-            reach = [(row.start, min(row.stop, piece.stop))]
-            for start, stop in intersect(reach, wanted[row.tensor]):
-                items.append(LoadItem(row=row, key=piece.owner.key, start=start, stop=stop))
+            for first, last in wanted[row.tensor]:
+                start, stop = max(row.start, first), min(row.stop, piece.stop, last)
+                if start < stop:
+                    items.append(LoadItem(row=row, key=piece.owner.key, start=start, stop=stop))
     return tuple(
         LoadStep(stop=stops[chunk_id], items=tuple(items))
         for chunk_id, items in by_chunk.items()

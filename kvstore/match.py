@@ -156,7 +156,19 @@ def blob_raw_nbytes(spec: TensorSpec, start: int, stop: int) -> int:
 def piece_blobs(
     connection: sa.Connection, piece: Piece, layout: Layout, *, is_lossy: bool
 ) -> Sequence[BlobRow]:
-    """The blobs of a piece's owner in tensor order, each row checked against the layout.
+    """The blobs of a piece's owner in tensor order, each checked as ``checked_blobs`` does.
+
+    Raises:
+        CorruptStoreError: a blob is missing, or a row is not what it must be.
+    """
+    rows = blobs.of_chunk(connection, piece.owner.id)
+    return checked_blobs(rows, piece, layout, is_lossy=is_lossy)
+
+
+def checked_blobs(
+    rows: Sequence[BlobRow], piece: Piece, layout: Layout, *, is_lossy: bool
+) -> Sequence[BlobRow]:
+    """The blobs of a piece's owner, each row checked against the layout.
 
     Only in a lossy key space, and only of tensors that may lose, is a lossy codec believed.
 
@@ -167,7 +179,6 @@ def piece_blobs(
     Raises:
         CorruptStoreError: a blob is missing, or a row is not what it must be.
     """
-    rows = blobs.of_chunk(connection, piece.owner.id)
     start, stop = piece.owner.start + piece.owner.base_n_tokens, piece.owner.stop
     where = f"chunk {piece.owner.key.hex()[:12]}"
     seen: dict[int, list[Range]] = {tensor: [] for tensor in range(len(layout.tensors))}
@@ -199,8 +210,10 @@ def piece_blobs(
             )
         seen[row.tensor].append((row.start, row.stop))
     for tensor, ranges in seen.items():
+        if ranges == [(start, stop)]:
+            continue
         spec = layout.tensors[tensor]
-        if kind_of(spec).is_whole and ranges != [(start, stop)]:
+        if kind_of(spec).is_whole:
             raise CorruptStoreError(
                 f"{where}, {spec.name}: expected one blob of tokens [{start}, {stop}), "
                 f"found {ranges}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from kvstore.db.engine import MAX_VARIABLES
 from kvstore.db.tables import blobs, payloads
 from kvstore.errors import CorruptStoreError
 
@@ -95,15 +96,42 @@ def insert(connection: sa.Connection, chunk_id: int, new_blobs: Sequence[NewBlob
     )
 
 
+_OF_CHUNKS = (
+    sa.select(*_COLUMNS)
+    .select_from(blobs.outerjoin(payloads, payloads.c.id == blobs.c.payload_id))
+    .where(blobs.c.chunk_id.in_(sa.bindparam("chunk_ids", expanding=True)))
+    .order_by(blobs.c.chunk_id, blobs.c.tensor, blobs.c.start)
+)
+
+
 def of_chunk(connection: sa.Connection, chunk_id: int) -> list[BlobRow]:
-    """The chunk's blobs in tensor order; reads no payload."""
-    query = (
-        sa.select(*_COLUMNS)
-        .select_from(blobs.outerjoin(payloads, payloads.c.id == blobs.c.payload_id))
-        .where(blobs.c.chunk_id == chunk_id)
-        .order_by(blobs.c.tensor, blobs.c.start)
-    )
-    return [_row(row) for row in connection.execute(query)]
+    """The chunk's blobs in tensor order; reads no payload.
+
+    Raises:
+        CorruptStoreError: a column has a type that it must not have.
+    """
+    rows = of_chunks(connection, [chunk_id])[chunk_id]
+    if isinstance(rows, CorruptStoreError):
+        raise rows
+    return rows
+
+
+def of_chunks(
+    connection: sa.Connection, chunk_ids: Sequence[int]
+) -> dict[int, list[BlobRow] | CorruptStoreError]:
+    """Each chunk's blobs in tensor order, or what is wrong with them; reads no payload."""
+    found: dict[int, list[BlobRow] | CorruptStoreError] = {chunk_id: [] for chunk_id in chunk_ids}
+    for first in range(0, len(chunk_ids), MAX_VARIABLES):
+        some = chunk_ids[first : first + MAX_VARIABLES]
+        for row in connection.execute(_OF_CHUNKS, {"chunk_ids": some}):
+            rows = found[row[0]]
+            if isinstance(rows, CorruptStoreError):
+                continue
+            try:
+                rows.append(_row(row))
+            except CorruptStoreError as error:
+                found[row[0]] = error
+    return found
 
 
 def read_payload(driver: sqlite3.Connection, row: BlobRow) -> bytes:
@@ -134,7 +162,7 @@ def _row(row: sa.Row[*tuple[Any, ...]]) -> BlobRow:
     """The row, if its columns have the types that they must have."""
     chunk_id, tensor, start, stop, codec, raw_nbytes, stored_nbytes, checksum, payload_id, n = row
     numbers = (tensor, start, stop, codec, raw_nbytes, stored_nbytes, payload_id)
-    if any(type(number) is not int for number in numbers):
+    if {*map(type, numbers)} != {int}:
         raise CorruptStoreError(f"blob of chunk row {chunk_id}: a column is not an integer")
     return BlobRow(
         chunk_id=chunk_id,

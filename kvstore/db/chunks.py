@@ -10,15 +10,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from kvstore.db import leases
-from kvstore.db.engine import insert_row
+from kvstore.db.engine import MAX_VARIABLES, insert_row
 from kvstore.db.tables import chunks, sessions
 from kvstore.errors import CorruptStoreError, InputError
 from kvstore.lineage import Lineage, unpack_extras
 from kvstore.prefix import KEY_NBYTES, Key
 from kvstore.tokens import TOKEN_NBYTES, TokenIds, from_big_endian, to_big_endian
-
-_MAX_VARIABLES = 500
-"""Bound parameters in one statement; SQLite's own limit was once 999."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +103,8 @@ def _row(row: sa.Row[*tuple[Any, ...]]) -> ChunkRow:
 def by_keys(connection: sa.Connection, keys: Sequence[Key]) -> dict[Key, ChunkRow | None]:
     """The chunks that exist among ``keys``; None for one whose row is damaged."""
     found: dict[Key, ChunkRow | None] = {}
-    for first in range(0, len(keys), _MAX_VARIABLES):
-        some = keys[first : first + _MAX_VARIABLES]
+    for first in range(0, len(keys), MAX_VARIABLES):
+        some = keys[first : first + MAX_VARIABLES]
         for row in connection.execute(sa.select(*_COLUMNS).where(chunks.c.key.in_(some))):
             try:
                 found[Key(row.key)] = _row(row)
@@ -213,10 +210,10 @@ def is_needed(connection: sa.Connection, chunk_id: int, *, but_session_id: int |
 def touch(connection: sa.Connection, chunk_ids: Iterable[int], *, now_ms: int) -> None:
     """Mark chunks as used now."""
     some = list(chunk_ids)
-    for first in range(0, len(some), _MAX_VARIABLES):
+    for first in range(0, len(some), MAX_VARIABLES):
         connection.execute(
             sa.update(chunks)
-            .where(chunks.c.id.in_(some[first : first + _MAX_VARIABLES]))
+            .where(chunks.c.id.in_(some[first : first + MAX_VARIABLES]))
             .values(last_used_at_ms=now_ms)
         )
 

@@ -22,6 +22,9 @@ INCREMENTAL = 2
 MAX_MMAP_NBYTES = 0x7FFF0000
 """As much of a file as SQLite maps at most, unless it was built otherwise."""
 
+MAX_VARIABLES = 500
+"""Bound parameters in one statement; SQLite's own limit was once 999."""
+
 BUSY_TIMEOUT_SECONDS = 10.0
 _CHECKPOINT_WAIT_MS = 200
 _WAL_RETRY_SECONDS = 0.01
