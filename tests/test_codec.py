@@ -4,6 +4,7 @@ import random
 import struct
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import zstandard
 from fakes import BytesCache, layout
@@ -178,3 +179,12 @@ def test_tags_are_a_promise():
 
 def test_an_undecodable_blob_is_a_kind_of_corruption():
     assert issubclass(DecodeError, CorruptStoreError)
+
+
+def test_exponents_cost_what_their_entropy_is_and_what_comes_again_costs_nothing():
+    numbers = np.random.default_rng(0).standard_normal(1 << 16, dtype=np.float32)
+    once = np.ascontiguousarray(numbers.view(np.uint16)[1::2]).view(np.uint8)
+    stored = Planes(2).encode(once.data)
+    assert stored.nbytes < 0.675 * once.nbytes
+    again = Planes(2).encode(np.concatenate([once, once]).data)
+    assert again.nbytes < 1.01 * (stored.nbytes + once.nbytes / 2)  # only exponents are looked at

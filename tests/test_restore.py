@@ -1,0 +1,210 @@
+"""How a load's bytes get in place: several threads, each on a connection of its own."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+import kvstore
+from kvstore import MissReason, restore
+from kvstore.db import engine as db
+from kvstore.errors import InputError
+from tests.fakes import BytesCache, layout
+from tests.oracle import assert_exact, computed, load_exact, raw, save
+
+TOKENS = list(range(100, 130))
+HELPERS_RESTORE = pytest.mark.usefixtures("eager_helpers")
+
+
+@pytest.fixture
+def eager_helpers(monkeypatch):
+    """Let helpers work on loads that are too small to be worth it."""
+    monkeypatch.setattr(restore, "_NBYTES_A_HELPER", 1)
+
+
+@pytest.fixture
+def after_helpers(monkeypatch):
+    """Let the caller's own thread wait until a helper is done; counts what helpers gave back."""
+    done, given_back = threading.Event(), []
+    help_, decode = restore.Restore._help, restore.decode_blob
+
+    def helped(self, readers):
+        try:
+            help_(self, readers)
+        finally:
+            given_back.extend(self._given_back)
+            done.set()
+
+    def decoded(*arguments):
+        if threading.current_thread() is threading.main_thread():
+            assert done.wait(60)
+        decode(*arguments)
+
+    monkeypatch.setattr(restore.Restore, "_help", helped)
+    monkeypatch.setattr(restore, "decode_blob", decoded)
+    return given_back
+
+
+class Disturbed(BytesCache):
+    """Lets ``meanwhile`` happen once, when a load has made its plan and read nothing yet."""
+
+    meanwhile = None
+
+    def truncate(self, n_tokens):
+        super().truncate(n_tokens)
+        if self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+
+
+@HELPERS_RESTORE
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize("head_major", [False, True])
+def test_any_number_of_threads_restores_the_same_bytes(open_store, head_major, n_threads, mmap):
+    store = open_store(chunk_n_tokens=8, n_threads=n_threads, mmap=mmap)
+    one = layout(head_major=head_major, dtype="bfloat16")
+    store.save_session(computed(TOKENS, one), TOKENS, name="chat")
+    for length in (2, 9, 17, 30):
+        result = load_exact(store, TOKENS[:length], cache=BytesCache(one))
+        assert (result.n_tokens, result.reason) == (length - 1, None)
+
+
+@HELPERS_RESTORE
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("saved_meanwhile", [0, 30, 60])
+def test_what_a_prune_took_meanwhile_is_read_where_it_still_is(
+    open_store, after_helpers, saved_meanwhile, mmap
+):
+    """The helpers see the file as it is now: without the rows, or with others of their numbers."""
+    store = open_store(chunk_n_tokens=8, n_threads=2, mmap=mmap)
+    other = open_store(chunk_n_tokens=8)
+    save(store, TOKENS, name="chat")
+    cache = Disturbed()
+
+    def meanwhile():
+        other.prune(max_bytes=0)
+        other.delete_session("chat")
+        if saved_meanwhile:
+            save(other, range(1000, 1000 + saved_meanwhile))
+
+    cache.meanwhile = meanwhile
+    result = store.load_session(cache, TOKENS)
+    assert (result.n_tokens, result.reason) == (29, None)
+    assert_exact(cache, TOKENS[:29])
+    assert len(after_helpers) == 1
+
+
+@HELPERS_RESTORE
+def test_a_vacuum_meanwhile_moves_nothing_out_of_reach(open_store, after_helpers):
+    store = open_store(chunk_n_tokens=8, n_threads=2)
+    save(store, range(500, 560))
+    save(store, TOKENS, name="chat")
+    cache = Disturbed()
+
+    def meanwhile():
+        with raw(store.path) as driver:
+            driver.execute("VACUUM")
+
+    cache.meanwhile = meanwhile
+    assert store.load_session(cache, TOKENS).n_tokens == 29
+    assert_exact(cache, TOKENS[:29])
+
+
+@HELPERS_RESTORE
+def test_without_a_connection_for_a_helper_the_load_goes_on(open_store, after_helpers, monkeypatch):
+    store = open_store(chunk_n_tokens=8, n_threads=3)
+    save(store, TOKENS, name="chat")
+
+    @contextmanager
+    def none_left():
+        raise sqlite3.OperationalError("unable to open database file")
+        yield
+
+    monkeypatch.setattr(store._database.readers, "lend", none_left)
+    assert load_exact(store, TOKENS).n_tokens == 29
+
+
+@HELPERS_RESTORE
+@pytest.mark.parametrize("n_threads", [1, 4])
+def test_whoever_meets_a_damaged_row_what_lies_before_it_is_restored(store_path, n_threads):
+    with kvstore.open(store_path, chunk_n_tokens=8) as store:
+        save(store, TOKENS, name="chat")
+    with raw(store_path) as driver:
+        ids = [row[0] for row in driver.execute("SELECT id FROM payloads ORDER BY id")]
+    per_chunk = len(BytesCache().layout.tensors)
+    read = "SELECT data FROM payloads WHERE id = ?"
+    write = "UPDATE payloads SET data = ? WHERE id = ?"
+    for number, payload_id in enumerate(ids):
+        with raw(store_path) as driver:
+            (data,) = driver.execute(read, (payload_id,)).fetchone()
+            driver.execute(write, (bytes([*data[:-1], data[-1] ^ 1]), payload_id))
+        with kvstore.open(store_path, chunk_n_tokens=8, n_threads=n_threads) as store:
+            result = load_exact(store, TOKENS)
+        assert result.reason is MissReason.CORRUPT
+        assert result.n_tokens == number // per_chunk * 8
+        with raw(store_path) as driver:
+            driver.execute(write, (data, payload_id))
+
+
+def test_what_is_not_one_run_of_memory_passes_through_one_scratch(open_store, monkeypatch):
+    store = open_store(chunk_n_tokens=8, n_threads=1)
+    one = layout(head_major=True)
+    store.save_session(computed(TOKENS, one), TOKENS, name="chat")
+    room, rooms = restore._Placer._room, []
+
+    def seen(self, nbytes):
+        view = room(self, nbytes)
+        rooms.append((self._scratch, view.nbytes))
+        return view
+
+    monkeypatch.setattr(restore._Placer, "_room", seen)
+    assert load_exact(store, TOKENS, cache=BytesCache(one)).n_tokens == 29
+    scratches = {id(scratch): scratch for scratch, _ in rooms}
+    assert len(rooms) == 4 * len(one.tensors)
+    assert [scratch.nbytes for scratch in scratches.values()] == [max(n for _, n in rooms)]
+
+
+def test_what_is_one_run_of_memory_needs_no_scratch(store, monkeypatch):
+    save(store, TOKENS, name="chat")
+    monkeypatch.setattr(restore._Placer, "_room", None)
+    assert load_exact(store, TOKENS[:25]).n_tokens == 24
+
+
+@HELPERS_RESTORE
+def test_a_store_that_only_reads_has_helpers_too_and_leaves_no_files(store_path, after_helpers):
+    with kvstore.open(store_path, chunk_n_tokens=8) as store:
+        save(store, TOKENS, name="chat")
+    with kvstore.open(store_path, chunk_n_tokens=8, read_only=True, n_threads=2) as store:
+        assert load_exact(store, TOKENS).n_tokens == 29
+        assert len(store._database.readers._idle) == 1
+    assert [path.name for path in store_path.parent.iterdir()] == [store_path.name]
+
+
+@pytest.mark.parametrize(("mmap", "expected"), [(False, 0), (True, db.MAX_MMAP_NBYTES)])
+def test_the_file_is_mapped_only_if_asked_for_and_never_while_it_is_verified(
+    open_store, mmap, expected, monkeypatch
+):
+    store = open_store(mmap=mmap)
+    save(store, TOKENS, name="chat")
+    with store._database.readers.lend() as driver:
+        assert driver.execute("PRAGMA mmap_size").fetchone() == (expected,)
+
+    def mapped_nbytes():
+        with db.read_transaction(store._database.engine) as connection:
+            return db.pragma(connection, "mmap_size")
+
+    assert mapped_nbytes() == expected
+    with db.read_transaction(store._database.engine) as connection, db.unmapped(connection):
+        assert db.pragma(connection, "mmap_size") == 0
+    assert store.verify().ok
+    assert mapped_nbytes() == expected
+
+
+@pytest.mark.parametrize("n_threads", [0, -1, 65, 1.5, True, "2"])
+def test_a_number_of_threads_that_is_none_is_refused(store_path, n_threads):
+    with pytest.raises(InputError, match="n_threads"):
+        kvstore.open(store_path, n_threads=n_threads)
