@@ -113,7 +113,7 @@ class Restore:
             failure = self._work(driver)
             if failure is not None:
                 self._todo.clear()
-        # In order: what lies behind a failure is not needed any more.
+        # No helper works any more. What they could not read may lie before a failure.
         self._todo.extend(sorted(self._given_back, key=lambda task: task.number))
         again = self._work(driver)
         failures = [one for one in (failure, again) if one is not None]

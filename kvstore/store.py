@@ -91,7 +91,7 @@ class Store:
         self._namespace = namespace
         self._pid = os.getpid()
         self._closed = False
-        self._workers = ThreadPoolExecutor(max(2, n_threads), thread_name_prefix="kvstore")
+        self._workers = ThreadPoolExecutor(n_threads, thread_name_prefix="kvstore")
         self._used_chunk_ids: set[int] = set()
         self._damaged_at: dict[Fingerprint, int] = {}
         self._seen: dict[str, Revision] = {}
