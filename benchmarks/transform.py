@@ -8,7 +8,7 @@ all side information counted but a basis that belongs to the model; the first 4 
 ``packed`` is without an entropy coder, ``stored`` with one (zstd for int*, DEFLATE's Huffman for
 the rest), ``ideal`` the entropy of what that coder gets. ``unrope``: K is turned back before RoPE.
 The texts are held out of the demo model's training; bases come from other texts, of Python's
-standard library (which it was trained on). Decoding is numpy on one thread, per MB of float32.
+standard library (which it was trained on). Decoding: numpy's CPU time per MB of float32.
 """
 
 from __future__ import annotations

@@ -75,14 +75,14 @@ def int_codec(cache: np.ndarray, *, n_bits: int) -> Coded:
         if n_bits == 4:
             data = data[::2] | data[1::2] << 4
         squeezed = len(zstandard.ZstdCompressor(level=1).compress(data.tobytes()))
-        began = time.perf_counter()
+        began = time.process_time()
         if n_bits == 4:
             data = np.stack([data & 15, data >> 4], -1)
         back = (data.view(np.int8 if n_bits == 8 else np.uint8).reshape(codes.shape) + zero) * scale
         if n_bits < 8 and index % 2 == 0:
             back = back.swapaxes(1, 2).reshape(padded.shape)[: len(rest)]
         coded.cache[index, N_SINK:] = back.reshape(rest.shape)
-        coded.decode_s += time.perf_counter() - began
+        coded.decode_s += time.process_time() - began
         packed = codes.size * n_bits / 8
         coded.add(packed, min(packed, squeezed), entropy_nbytes(codes))
         coded.add(scale.size * (2 if n_bits == 8 else 4))
@@ -202,9 +202,9 @@ class Transform:
             edges = [0, *range(N_CHUNK - N_SINK, len(rows), N_CHUNK), len(rows)]
             for first, stop in itertools.pairwise(edges):
                 back = self.chunk(coded, rows[first:stop], mean, axes, step)
-                began = time.perf_counter()
+                began = time.process_time()
                 self.put(coded.cache, group, back, first + N_SINK)
-                coded.decode_s += time.perf_counter() - began
+                coded.decode_s += time.process_time() - began
         return coded
 
     def chunk(
@@ -244,7 +244,7 @@ class Transform:
         classes = np.rint(size)
         parts = [np.flatnonzero(classes == one) for one in np.unique(classes)]
         blobs = [(squeeze(codes.T[where]), where) for where in parts]
-        began = time.perf_counter()
+        began = time.process_time()
         back = np.empty(codes.T.shape, np.float32)  # [components, tokens]
         for (blob, n), where in blobs:
             back[where] = expand(blob, n, (where.size, len(codes)))
@@ -255,7 +255,7 @@ class Transform:
         else:
             back = back.T if axes is None else back.T @ axes.T
         back = back + mean
-        coded.decode_s += time.perf_counter() - began
+        coded.decode_s += time.process_time() - began
         widths = np.ceil(np.log2(codes.max(0) - codes.min(0) + 1))
         coded.add(
             packed=len(codes) * widths.sum() / 8 + 2 * widths.size if along is None else np.nan,
