@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.errors import InputError, MissingOperatorError, ProgramError
-from runtime_adapter.program.analysis import ProgramAnalysis, analyze
-from runtime_adapter.program.naming import write_named_copy
+from runtime_adapter.program.analysis import ProgramAnalysis
 from runtime_adapter.runtime import method as runtime
 from runtime_adapter.runtime.libraries import ensure_operators, operator_schema
 from runtime_adapter.runtime.trial import try_out
@@ -74,7 +73,7 @@ def prepared(
     analysis = _remembered(identity, method=method, files=files)
     is_new = analysis is None
     if analysis is None:
-        analysis = analyze(program, data_path=data, method=method, schema_of=operator_schema)
+        analysis = _analyze(program, data_path=data, method=method)
     _check_backends(analysis, path=program)
     ensure_operators(analysis.operators)
     if is_new:
@@ -105,7 +104,7 @@ def _path(what: str, value: str | os.PathLike[str]) -> Path:
 
 
 def _identity(path: Path, *, data_path: Path | None) -> ProgramIdentity | None:
-    """The files as they are now; None if they cannot be looked at (``analyze`` says why)."""
+    """The files as they are now; None if they cannot be looked at (the analysis says why)."""
     try:
         return ProgramIdentity.of(path, data_path=data_path)
     except (OSError, ValueError, ProgramError):
@@ -137,6 +136,19 @@ def _remember(
         files.remember(identity, method=method, analysis=analysis.to_json())
 
 
+def _analyze(path: Path, *, data_path: Path | None, method: str) -> ProgramAnalysis:
+    # Not at the top: what reads programs is not needed for one that was opened before.
+    from runtime_adapter.program.survey import analyze
+
+    return analyze(path, data_path=data_path, method=method, schema_of=operator_schema)
+
+
+def _write_named_copy(path: Path, copy: Path) -> None:
+    from runtime_adapter.program.naming import write_named_copy  # as above
+
+    write_named_copy(path, copy)
+
+
 def _try_out(path: Path, analysis: ProgramAnalysis, *, data_path: Path | None, method: str) -> None:
     """Let a program that was never opened take its first steps where it can do no harm."""
     signature = analysis.signature
@@ -157,7 +169,7 @@ def _try_out(path: Path, analysis: ProgramAnalysis, *, data_path: Path | None, m
 @contextlib.contextmanager
 def _cached_copy(path: Path, analysis: ProgramAnalysis, *, files: FileCache) -> Iterator[Path]:
     def write(copy: Path) -> None:
-        write_named_copy(path, copy)
+        _write_named_copy(path, copy)
 
     key = str(analysis.fingerprint)
     with cached_copy(files.directory, key, write=write) as copy:
@@ -186,7 +198,7 @@ def _ensure_copy(
         )
     if not copy.exists():
         try:
-            write_named_copy(path, copy)
+            _write_named_copy(path, copy)
         except InputError:
             if not copy.exists():  # else another process made it meanwhile: look at that
                 raise
@@ -194,7 +206,7 @@ def _ensure_copy(
             return
     identity = _identity(copy, data_path=data)
     remembered = _remembered(identity, method=method, files=files)
-    there = remembered or analyze(copy, data_path=data, method=method, schema_of=operator_schema)
+    there = remembered or _analyze(copy, data_path=data, method=method)
     # The layouts are compared too, because a fingerprint says nothing about names.
     if not there.is_named or (there.fingerprint, there.layout) != (
         analysis.fingerprint,

@@ -12,8 +12,9 @@ import click
 from kvstore.errors import ProgramError
 from kvstore.layout import DTYPE_ITEMSIZE_NBYTES, UNLIMITED_N_TOKENS
 from runtime_adapter.commands.progress import working
-from runtime_adapter.program.analysis import ProgramAnalysis, Survey, survey
+from runtime_adapter.program.analysis import ProgramAnalysis
 from runtime_adapter.program.naming import NamedState
+from runtime_adapter.program.survey import Survey, survey
 from runtime_adapter.runtime.libraries import operator_schema
 
 _HEADINGS = (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import ProgramSignatureError
-from runtime_adapter.pte.instructions import TensorValue
-from runtime_adapter.state.dataflow import Dataflow
+
+if TYPE_CHECKING:
+    from runtime_adapter.pte.instructions import TensorValue
+    from runtime_adapter.state.dataflow import Dataflow
 
 _INTEGERS = frozenset({"int64", "int32"})
 _FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})

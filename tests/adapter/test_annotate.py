@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from kvstore.errors import InputError, NotAProgramError
 from runtime_adapter.commands.annotate import annotate
-from runtime_adapter.program.analysis import analyze
+from runtime_adapter.program.survey import analyze
 from tests import programs
 
 pytestmark = pytest.mark.adapter

@@ -9,7 +9,7 @@ import pytest
 
 from kvstore.errors import InputError
 from runtime_adapter.export import kv_cache_config
-from runtime_adapter.program.analysis import analyze
+from runtime_adapter.program.survey import analyze
 from runtime_adapter.pte.file import read_program
 from runtime_adapter.pte.instructions import read_method
 from tests import programs

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from runtime_adapter.program.analysis import analyze
 from runtime_adapter.program.naming import write_named_copy
+from runtime_adapter.program.survey import analyze
 from runtime_adapter.pte.file import read_program
 from runtime_adapter.pte.fingerprint import program_digest, weights_digest
 from runtime_adapter.pte.ptd import data_digest, read_data_file

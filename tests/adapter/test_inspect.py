@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from kvstore.errors import NotAProgramError, UnsupportedStateError
 from runtime_adapter.commands.inspect import inspect
-from runtime_adapter.program.analysis import analyze
+from runtime_adapter.program.survey import analyze
 from runtime_adapter.state import roles
 from runtime_adapter.state.classifiers import Evidence, Verdict
 from tests import programs

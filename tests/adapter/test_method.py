@@ -46,7 +46,7 @@ def first_view(method: LoadedMethod) -> Any:
 
 
 def buffer_name() -> str:
-    from runtime_adapter.program.analysis import analyze
+    from runtime_adapter.program.survey import analyze
 
     return analyze(programs.path("named")).layout.tensors[0].name
 

@@ -11,8 +11,8 @@ import pytest
 
 from kvstore.errors import CorruptProgramError, InputError, NotAProgramError
 from runtime_adapter.program import naming
-from runtime_adapter.program.analysis import analyze, survey
 from runtime_adapter.program.naming import write_named_copy
+from runtime_adapter.program.survey import analyze, survey
 from runtime_adapter.pte.file import read_program
 from tests import programs
 

@@ -28,9 +28,10 @@ from kvstore.errors import (
     UnsupportedStateError,
 )
 from runtime_adapter import Model
-from runtime_adapter.program.analysis import ProgramAnalysis, analyze, survey
+from runtime_adapter.program.analysis import ProgramAnalysis
 from runtime_adapter.program.naming import name_state
 from runtime_adapter.program.problems import find_problem
+from runtime_adapter.program.survey import analyze, survey
 from runtime_adapter.pte.file import flatbuffer_digest, read_header, read_program
 from runtime_adapter.pte.instructions import MethodGraph
 from tests import programs
@@ -448,7 +449,7 @@ def test_the_flatbuffer_digest_needs_no_exporter() -> None:
 
 @slow
 def test_reading_a_program_prints_nothing() -> None:
-    code = "import sys; from runtime_adapter.program.analysis import analyze; analyze(sys.argv[1])"
+    code = "import sys; from runtime_adapter.program.survey import analyze; analyze(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(programs.path("stock_fp32"))],
         cwd=programs.ROOT,

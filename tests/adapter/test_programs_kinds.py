@@ -8,8 +8,9 @@ import pytest
 
 from kvstore import Kind
 from kvstore.layout import UNLIMITED_N_TOKENS, TensorSpec
-from runtime_adapter.program.analysis import ProgramAnalysis, analyze
+from runtime_adapter.program.analysis import ProgramAnalysis
 from runtime_adapter.program.naming import write_named_copy
+from runtime_adapter.program.survey import analyze
 from tests import programs
 
 pytestmark = [pytest.mark.adapter, pytest.mark.slow]

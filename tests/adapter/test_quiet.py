@@ -90,3 +90,10 @@ def test_the_tail_says_what_went_wrong() -> None:
     with captured_stderr() as log:
         os.write(2, b"[a.cpp:1] first\n[b.cpp:2] arg 0 with type id 1\n[c.cpp:3] last\n")
     assert log.tail == "first; last"
+
+
+def test_importing_the_adapter_imports_nothing_that_only_new_programs_need(run_source):
+    """A program that was opened before is not analysed again: a restarted app starts at once."""
+    output = run_source("import sys, runtime_adapter\nprint(*sys.modules)")
+    rooms = ("runtime_adapter.state", "runtime_adapter.program.survey", "torch", "executorch")
+    assert [name for name in output.split() if name.startswith(rooms)] == []
