@@ -5,6 +5,7 @@ hit = store.load_session(cache, tokens)
 store.save_session(cache, tokens, name="chat-42")
 """
 
+from kvstore.background import PendingSave
 from kvstore.codec import CodecChoice, Grid, Kernels, use_kernels
 from kvstore.db.sessions import SessionInfo
 from kvstore.db.stats import StoreStats
@@ -37,6 +38,7 @@ __all__ = [
     "LiveCache",
     "LoadResult",
     "MissReason",
+    "PendingSave",
     "PruneResult",
     "SaveResult",
     "SessionInfo",

@@ -20,6 +20,7 @@
     |   |-- DiskFullError           no room left for a write; nothing of it was kept
     |   |-- BudgetError             max_bytes cannot hold what was to be written
     |   |-- StoreBusyError          another process held the write lock too long
+    |   |-- SaveTimeoutError        saves in the background were not done in time
     |   |-- ForkedStoreError        used in a child process after fork()
     |   `-- ClosedStoreError        used after close()
     |-- SessionError
@@ -165,6 +166,12 @@ class StoreBusyError(StoreError):
     """Another process held the write lock for longer than the wait allowed."""
 
     exit_code = 39
+
+
+class SaveTimeoutError(StoreError):
+    """Saves in the background were not in the file in time; they go on."""
+
+    exit_code = 43
 
 
 class ForkedStoreError(StoreError):

@@ -40,6 +40,12 @@ def gather(spec: TensorSpec, buffer: memoryview, start: int, stop: int) -> memor
     return np.concatenate(parts).reshape(-1).data
 
 
+def copy(spec: TensorSpec, buffer: memoryview, start: int, stop: int) -> memoryview:
+    """The bytes of positions ``[start, stop)``, token-major, in memory of their own."""
+    view = in_place(spec, buffer, start, stop)
+    return gather(spec, buffer, start, stop) if view is None else memoryview(bytes(view))
+
+
 def scatter(spec: TensorSpec, buffer: memoryview, start: int, stop: int, data: memoryview) -> None:
     """Put the token-major bytes ``data`` into positions ``[start, stop)`` of ``buffer``."""
     view = in_place(spec, buffer, start, stop)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from kvstore import clock, codec, damage, regions
+from kvstore import clock, codec, damage
 from kvstore.blob import encode_blob
 from kvstore.db import blobs, chunks, eviction, leases, models, sessions
 from kvstore.db import engine as db
@@ -38,6 +38,7 @@ from kvstore.save_plan import (
     Part,
     SaveRequest,
     Write,
+    before_edits,
     has_last_chunk,
     lacking_parts,
     plan_save,
@@ -135,29 +136,13 @@ def save(database: Database, request: SaveRequest, workers: Executor) -> Saved:
 def _save_before_edits(
     database: Database, request: SaveRequest, workers: Executor
 ) -> list[SaveResult]:
-    """Store what lies before the edits of a chunk in chunks without them, where it is not yet.
-
-    The edited chunk borrows from these. Otherwise no look-up without the edit would find it.
-    Of many edits in one chunk only the first and the last count.
-    """
-    size = request.chunk_n_tokens
-    by_chunk: dict[int, list[int]] = {}
-    for number, edit in enumerate(request.lineage):
-        if edit.start % size:
-            by_chunk.setdefault(edit.start // size, []).append(number)
+    """Store what lies before the edits of a chunk in chunks without them, where it is not yet."""
     done = []
-    for numbers in by_chunk.values():
-        for number in sorted({numbers[0], numbers[-1]}):
-            before = replace(
-                request,
-                ids=request.ids[: request.lineage[number].start],
-                lineage=request.lineage[:number],
-                name=None,
-            )
-            with db.read_transaction(database.engine) as connection:
-                is_there = has_last_chunk(connection, before)
-            if not is_there:
-                done.append(_save(database, before, workers).result)
+    for before in before_edits(request):
+        with db.read_transaction(database.engine) as connection:
+            is_there = has_last_chunk(connection, before)
+        if not is_there:
+            done.append(_save(database, before, workers).result)
     return done
 
 
@@ -346,7 +331,7 @@ class _Saver:
                         connection,
                         max_nbytes=request.max_nbytes,
                         need_nbytes=need_nbytes,
-                        held={chunk.id for chunk in needed},
+                        held={*request.kept(), *(chunk.id for chunk in needed)},
                     )
                 space = models.ensure_space(
                     connection,
@@ -372,6 +357,7 @@ class _Saver:
                     lease_id = leases.hold(connection, lease_id, tip.id, now_ms=now)
                 if request.max_nbytes is not None:
                     held = {chunk.id for chunk in (*needed, tip) if chunk is not None}
+                    held.update(request.kept())
                     keep_budget(connection, max_nbytes=request.max_nbytes, held=held)
         except BaseException:
             self.n_new_tokens, self.n_fallback_blobs, self.raw_nbytes, self.stored_nbytes = counted
@@ -503,11 +489,11 @@ class _Saver:
             self.revision = sessions.revision_of(connection, session_id)
             if former_head_id not in (None, head_id):
                 self._thin(connection, space, former_head_id, head_id)
-                eviction.release(connection, former_head_id)
+                eviction.release(connection, former_head_id, held=request.kept())
                 models.delete_unused(connection)
         for chunk_id in self._superseded:
             if chunk_id != head_id:
-                eviction.release(connection, chunk_id)
+                eviction.release(connection, chunk_id, held=request.kept())
 
 
 def _encode_part(request: SaveRequest, write: Write, part: Part) -> NewBlob:
@@ -519,7 +505,7 @@ def _encode_part(request: SaveRequest, write: Write, part: Part) -> NewBlob:
     spec, name = cache.layout.tensors[tensor], request.codec_names[tensor]
     if write.n_tokens < request.chunk_n_tokens and name in codec.LOSSY:
         name = codec.EXACT
-    decoded = regions.gather(spec, cache.buffer(tensor), part.start, part.stop)
+    decoded = cache.read(tensor, part.start, part.stop)
     return encode_blob(
         write.key, tensor, spec, part.start, part.stop, decoded=decoded, codec_name=name
     )

@@ -6,9 +6,9 @@ Only reads and decides; ``kvstore.save`` acts.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
@@ -17,12 +17,12 @@ from kvstore.db.chunks import ChunkRow
 from kvstore.db.sessions import Revision
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
-from kvstore.layout import LiveCache
 from kvstore.lineage import Lineage, pack_extras
 from kvstore.lossy import adapter_of
 from kvstore.match import ChunkMatch, is_genuine, pieces, siblings
 from kvstore.prefix import Key, chunk_key, full_chunk_keys, root_key
-from kvstore.ranges import Range, clip, subtract
+from kvstore.ranges import Range, clip, subtract, union
+from kvstore.source import Source
 from kvstore.thinning import keeps_checkpoint
 from kvstore.tokens import TokenIds
 
@@ -43,10 +43,11 @@ class SaveRequest:
 
     ``codec_names`` has each tensor's codec, ``codec_text`` the lossy ones of them (empty if none
     is), for which ``lineage`` is without their marks. ``seen`` is the named session as its caller
-    last saw it, or None.
+    last saw it, or None. ``kept`` gives the rows of chunks that other saves of this process are
+    going to build on: they are not deleted.
     """
 
-    cache: LiveCache
+    cache: Source
     ids: TokenIds
     lineage: Lineage
     name: str | None
@@ -59,6 +60,7 @@ class SaveRequest:
     codec_text: str
     codec_names: tuple[str, ...]
     seen: Revision | None
+    kept: Callable[[], Collection[int]]
 
     @property
     def adapter(self) -> bytes:
@@ -153,6 +155,64 @@ def plan_save(connection: sa.Connection, request: SaveRequest) -> SavePlan:
     return _Planner(connection, request).plan()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyPlan:
+    """What a save that happens later needs: parts of the cache, and chunks of the file."""
+
+    parts: tuple[Part, ...]
+    chunk_ids: frozenset[int]
+
+
+def plan_copy(connection: sa.Connection, request: SaveRequest) -> CopyPlan:
+    """What a save of ``request`` is going to need of the cache if the file stays as it is.
+
+    Also if saves that were begun earlier, or other processes, add to the file first: of a
+    chunk that is missing all is taken, since whom it borrows from is decided anew by then; and
+    states that a growing session thins out are taken even where they are stored now.
+    """
+    layout = request.cache.layout
+    found: list[list[Range]] = [[] for _ in layout.tensors]
+    chunk_ids = set()
+    for one in (*before_edits(request), request):
+        if one is not request and has_last_chunk(connection, one):
+            continue
+        planner = _Planner(connection, one)
+        plan = planner.plan()
+        if plan.tip is not None:
+            chunk_ids.add(plan.tip.id)
+        for part in planner.parts_of(plan):
+            found[part.tensor].append((part.start, part.stop))
+    parts = tuple(
+        Part(tensor=tensor, start=start, stop=stop)
+        for tensor, ranges in enumerate(found)
+        for start, stop in union(ranges)
+    )
+    return CopyPlan(parts=parts, chunk_ids=frozenset(chunk_ids))
+
+
+def before_edits(request: SaveRequest) -> list[SaveRequest]:
+    """What lies before the edits of a chunk, each to be stored in chunks without them.
+
+    The edited chunk borrows from these. Otherwise no look-up without the edit would find it.
+    Of many edits in one chunk only the first and the last count.
+    """
+    size = request.chunk_n_tokens
+    by_chunk: dict[int, list[int]] = {}
+    for number, edit in enumerate(request.lineage):
+        if edit.start % size:
+            by_chunk.setdefault(edit.start // size, []).append(number)
+    return [
+        replace(
+            request,
+            ids=request.ids[: request.lineage[number].start],
+            lineage=request.lineage[:number],
+            name=None,
+        )
+        for numbers in by_chunk.values()
+        for number in sorted({numbers[0], numbers[-1]})
+    ]
+
+
 def has_last_chunk(connection: sa.Connection, request: SaveRequest) -> bool:
     """Whether the tokens of ``request`` behind its full chunks lie in a chunk already.
 
@@ -209,6 +269,21 @@ class _Planner:
                 key, parent_key = keys[number + 1], keys[number]
                 writes += self._new_chunk(key, parent_key, start, ids, extras[number])
         return SavePlan(tip=tip, writes=tuple(writes))
+
+    def parts_of(self, plan: SavePlan) -> list[Part]:
+        """All that the cache has of the plan's chunks, and of what is thinned out."""
+        found: list[Part] = []
+        for write in plan.writes:
+            if isinstance(write, NewChunk):
+                found += self._parts(write.start, write.start + len(write.ids))
+            else:
+                found += write.parts
+        return found + [
+            Part(tensor=tensor, start=start, stop=stop)
+            for tensor, spec in enumerate(self._layout.tensors)
+            if kind_of(spec).is_thinned
+            for start, stop in self._resident[tensor]
+        ]
 
     def _new_chunk(
         self, key: Key, parent_key: Key, start: int, ids: TokenIds, extras: bytes

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace as with_fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, overload
 
 from kvstore import clock, damage
 from kvstore import load as loading
 from kvstore import prune as pruning
 from kvstore import save as saving
 from kvstore import verify as verifying
+from kvstore.background import PendingSave, SaveQueue, Workers, check_timeout, report_failures
 from kvstore.codec import EXACT, CodecChoice, lossy_text
 from kvstore.db import chunks, eviction, models, sessions
 from kvstore.db import engine as db
@@ -31,7 +34,9 @@ from kvstore.errors import (
     ClosedStoreError,
     ForkedStoreError,
     InputError,
+    KVStoreError,
     ReadOnlyStoreError,
+    SaveTimeoutError,
     SessionNotFoundError,
 )
 from kvstore.layout import Fingerprint, LiveCache
@@ -44,10 +49,12 @@ from kvstore.prune import PruneResult
 from kvstore.quantity import parse_nbytes
 from kvstore.save import SaveResult
 from kvstore.save_plan import SaveRequest
+from kvstore.source import LiveSource
 from kvstore.tokens import TokenIds, common_prefix_n_tokens, token_ids
 from kvstore.verify import VerifyReport
 
 DEFAULT_CHECKPOINT_N_TOKENS = 2048
+DEFAULT_MAX_PENDING_BYTES = "256 MiB"
 _MAX_NAME_N_CHARACTERS = 1024
 _MAX_CHUNK_N_TOKENS = 65536
 _MAX_BUSY_TIMEOUT_SECONDS = 86_400
@@ -69,6 +76,9 @@ class Store:
     take turns. A *cache* is not: while a call works on it, nothing else may run
     the model or use that cache. A store cannot be used after ``fork()``; open
     one in the child. As a context manager it closes itself.
+
+    Saves in the background are written in the order in which they were begun, and every other
+    call on the store waits for those that were begun before it.
     """
 
     def __init__(
@@ -81,6 +91,7 @@ class Store:
         codec: CodecChoice,
         namespace: str,
         n_threads: int,
+        max_pending_nbytes: int,
     ) -> None:
         self._database = database
         self._n_threads = n_threads
@@ -91,7 +102,9 @@ class Store:
         self._namespace = namespace
         self._pid = os.getpid()
         self._closed = False
-        self._workers = ThreadPoolExecutor(n_threads, thread_name_prefix="kvstore")
+        self._workers = Workers(n_threads, thread_name_prefix="kvstore")
+        self._queue = SaveQueue(database, max_nbytes=max_pending_nbytes)
+        weakref.finalize(self, report_failures, self._queue, database.path, self._pid)
         self._used_chunk_ids: set[int] = set()
         self._damaged_at: dict[Fingerprint, int] = {}
         self._seen: dict[str, Revision] = {}
@@ -119,6 +132,12 @@ class Store:
         """The namespace of names and keys that this store works in."""
         return self._namespace
 
+    @property
+    def pending_nbytes(self) -> int:
+        """Bytes held in memory for saves in the background; at most ``max_pending_bytes``."""
+        return self._queue.nbytes
+
+    @overload
     def save_session(
         self,
         cache: LiveCache,
@@ -127,7 +146,31 @@ class Store:
         name: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         replace: bool = False,
-    ) -> SaveResult:
+        background: Literal[False] = False,
+    ) -> SaveResult: ...
+
+    @overload
+    def save_session(
+        self,
+        cache: LiveCache,
+        tokens: Iterable[int],
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+        background: Literal[True],
+    ) -> PendingSave: ...
+
+    def save_session(
+        self,
+        cache: LiveCache,
+        tokens: Iterable[int],
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+        background: bool = False,
+    ) -> SaveResult | PendingSave:
         """Store the cache's content for ``tokens``; returns what was new and what was there.
 
         ``tokens`` must be what the cache holds, or the start of it. With a
@@ -136,6 +179,13 @@ class Store:
         tokens are cache that a prune may take. What lies behind an edit of the
         cache (``cache.edits``) is stored under keys that carry the edit, and
         comes back to whoever asks for these edits, or loads the session by name.
+
+        With ``background``, what the file does not have yet is copied, and compressed and
+        written behind the caller, who may go on with the cache at once: computing, truncating,
+        loading. What is wrong with the arguments is raised here; everything else is told by the
+        ``PendingSave``, or else by ``flush`` and ``close``. While the copies would take more than
+        ``max_pending_bytes``, the call waits for earlier saves; where they would by themselves,
+        it saves before it returns.
 
         Raises:
             TokensError: ``tokens`` is empty or not integer ids.
@@ -146,6 +196,8 @@ class Store:
                 process saved it since this store loaded or saved it, or looked for it in
                 vain; and ``replace`` is False.
             BudgetError: ``max_bytes`` cannot hold it.
+            StoreBusyError: in the background only: another process deleted what the file
+                had when the save was begun, and nothing was copied of; save again.
             StoreError: the file cannot be written (full disk, read-only, busy).
         """
         self._check_writable()
@@ -155,8 +207,9 @@ class Store:
         names = self._codec.names(cache.layout)
         codec_text = lossy_text(names, cache.layout)
         lineage = before(lineage_of(cache.edits), len(ids))
+        source = LiveSource(cache)
         request = SaveRequest(
-            cache=cache,
+            cache=source,
             ids=ids,
             lineage=unmarked(lineage, mark_of(codec_text)),
             name=None if name is None else _check_name(name),
@@ -168,14 +221,31 @@ class Store:
             checkpoint_n_tokens=self._checkpoint_n_tokens,
             codec_text=codec_text,
             codec_names=names,
-            seen=None if name is None else self._seen.get(name),
+            seen=None,  # known when its turn has come
+            kept=self._queue.kept_chunk_ids,
         )
-        with self._call():
+        if not background:
+            with self._call():
+                self._drop_damaged(request)
+                return self._save(request)
+        with self._call(waits=False):
             self._drop_damaged(request)
-            saved = saving.save(self._database, request, self._workers)
-            self._remember(name, saved.revision)
-            self._flush_used()
-        return saved.result
+            return self._queue.begin(request, source, self._save)
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until all that was saved in the background before now is in the file.
+
+        Raises:
+            SaveTimeoutError: it is not, after ``timeout`` seconds; the saves go on.
+            KVStoreError: one of the saves failed, and nobody was told by its ``PendingSave``: the
+                first such failure. The next call raises the next.
+        """
+        self._check_usable()
+        check_timeout(timeout)
+        self._queue.wait(timeout)
+        failure = self._queue.take_failure()
+        if failure is not None:
+            raise failure
 
     def load_session(
         self,
@@ -323,22 +393,50 @@ class Store:
         with self._call():
             return verifying.verify(self._database)
 
-    def close(self) -> None:
-        """Wait for calls in progress, write the last-used marks, and let go of the file.
+    def close(self, timeout: float | None = None) -> None:
+        """Wait for calls and saves in progress, write the last-used marks, let go of the file.
 
         Closing twice is fine.
+
+        Raises:
+            SaveTimeoutError: they were not done after ``timeout`` seconds; the store stays open.
+            KVStoreError: a save in the background failed, and nobody was told: the first such
+                failure, with the others as notes. The store is closed.
         """
         if os.getpid() != self._pid:
             self._closed = True
             return  # the parent's connections, and its locks, are not ours to close
-        with self._idle:
+        check_timeout(timeout)
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
-            self._idle.wait_for(lambda: self._n_calls == 0)
+        try:
+            self._wait_until_idle(timeout)
+        except BaseException:
+            self._closed = False  # interrupted, or not in time: it can be closed again
+            raise
+        self._queue.close()
         self._workers.shutdown(wait=True)
         self._flush_used()
         self._database.close()
+        first = self._queue.take_failure()
+        if first is not None:
+            while (other := self._queue.take_failure()) is not None:
+                first.add_note(f"and another save in the background failed: {other}")
+            raise first
+
+    def _wait_until_idle(self, timeout: float | None) -> None:
+        began = time.monotonic()
+        with self._idle:
+            wait = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+            if not self._idle.wait_for(lambda: self._n_calls == 0, wait):
+                raise SaveTimeoutError(
+                    f"{self.path}: expected the calls in progress to end within {timeout} seconds, "
+                    f"but {self._n_calls} of them go on; close again"
+                )
+        rest = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
+        self._queue.wait(rest)
 
     def __enter__(self) -> Self:
         self._check_usable()
@@ -350,14 +448,24 @@ class Store:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except KVStoreError as failure:
+            if exc is None:
+                raise
+            exc.add_note(f"and a save in the background failed: {failure}")
 
     def __repr__(self) -> str:
         return f"<kvstore.Store {str(self.path)!r}{' read-only' if self.read_only else ''}>"
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
-        """What every call on the file runs in: ``close`` waits for it, errors are ours."""
+    def _call(self, *, waits: bool = True) -> Iterator[None]:
+        """What every call on the file runs in: ``close`` waits for it, errors are ours.
+
+        It ``waits`` for the saves that were begun before it.
+        """
+        if waits:
+            self._queue.wait()
         with self._lock:
             if self._closed:
                 raise self._closed_error()
@@ -394,6 +502,16 @@ class Store:
                 f"{self.path}: the store is open read-only; open it where it may be written"
             )
 
+    def _save(self, request: SaveRequest) -> SaveResult:
+        """What a save does when its turn has come; in the background on the queue's thread."""
+        with vendor_errors(self.path):
+            seen = None if request.name is None else self._seen.get(request.name)
+            request = with_fields(request, seen=seen)
+            saved = saving.save(self._database, request, self._workers)
+            self._remember(request.name, saved.revision)
+            self._flush_used()
+        return saved.result
+
     def _remember(self, name: str | None, revision: Revision | None) -> None:
         """What this store last saw of a session: a save goes on from there, or is refused."""
         if name is not None and revision is not None:
@@ -407,6 +525,7 @@ class Store:
             start = self._damaged_at.get(fingerprint)
         if start is None:
             return
+        self._queue.wait()
         with db.read_transaction(self._database.engine) as connection:
             space = models.find_space(
                 connection,
@@ -452,6 +571,7 @@ def open_store(
     busy_timeout_seconds: float = db.BUSY_TIMEOUT_SECONDS,
     n_threads: int | None = None,
     mmap: bool = False,
+    max_pending_bytes: int | str = DEFAULT_MAX_PENDING_BYTES,
 ) -> Store:
     """An open store at ``path``; a new file is made, an older one upgraded.
 
@@ -479,6 +599,8 @@ def open_store(
             is in the page cache. An I/O error, or another program that cuts the file
             short, then ends the process (SIGBUS) instead of raising: only for files
             on storage that stays.
+        max_pending_bytes: Bound of the memory that saves in the background hold, as
+            ``max_bytes``. With 0 they are done before they return.
 
     Raises:
         InputError: an argument is out of range.
@@ -502,6 +624,7 @@ def open_store(
     _check_timeout(busy_timeout_seconds)
     n_threads = _check_n_threads(n_threads)
     max_nbytes = None if max_bytes is None else parse_nbytes(max_bytes)
+    max_pending_nbytes = parse_nbytes(max_pending_bytes)
     database = open_database(
         Path(path),
         read_only=read_only,
@@ -516,6 +639,7 @@ def open_store(
         codec=choice,
         namespace=namespace,
         n_threads=n_threads,
+        max_pending_nbytes=max_pending_nbytes,
     )
     if max_nbytes is not None and not store.read_only:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -90,12 +90,12 @@ def evict_subtree(connection: sa.Connection, chunk_id: int) -> None:
     evict(connection, connection.execute(query.order_by(*leaf_first)).scalars().all())
 
 
-def release(connection: sa.Connection, chunk_id: int | None) -> None:
-    """Delete a chunk that nothing needs any more, then what only it needed."""
+def release(connection: sa.Connection, chunk_id: int | None, *, held: Collection[int] = ()) -> None:
+    """Delete a chunk that nothing needs any more, then what only it needed; never one ``held``."""
     waiting = [] if chunk_id is None else [chunk_id]
     while waiting:
         candidate = waiting.pop()
-        if chunks.is_needed(connection, candidate, but_session_id=None):
+        if candidate in held or chunks.is_needed(connection, candidate, but_session_id=None):
             continue
         waiting += chunks.needed_by(connection, candidate)
         _delete(connection, candidate)

@@ -1,0 +1,333 @@
+"""Saves in the background: a queue of snapshots, one thread that writes them, and a bound."""
+
+from __future__ import annotations
+
+import os
+import threading
+import traceback
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvstore.db import engine as db
+from kvstore.db.schema import Database
+from kvstore.errors import ForkedStoreError, InputError, SaveTimeoutError
+from kvstore.save import SaveResult
+from kvstore.save_plan import SaveRequest, plan_copy
+from kvstore.snapshot import Copied, Snapshot, SnapshotPlan, plan_snapshot, take
+from kvstore.source import LiveSource
+from kvstore.tokens import TOKEN_NBYTES
+
+_T = TypeVar("_T")
+
+Execute = Callable[[SaveRequest], SaveResult]
+"""Carries out one save; the caller of ``SaveQueue.begin`` says how."""
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """One save, between the queue and whoever waits for it."""
+
+    future: Future[SaveResult]
+    is_told: bool = False
+
+
+class PendingSave:
+    """A save that goes on behind its caller; see ``Store.save_session``.
+
+    A failure that is asked for here, by ``result`` or ``exception``, is not raised again by
+    ``Store.flush`` and ``Store.close``.
+    """
+
+    def __init__(self, path: Path, name: str | None, ticket: _Ticket) -> None:
+        self._path = path
+        self._name = name
+        self._ticket = ticket
+        self._pid = os.getpid()
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        self._check_process()
+        return self._ticket.future.done()
+
+    def result(self, timeout: float | None = None) -> SaveResult:
+        """What the save did; waits for it, for ``timeout`` seconds at most.
+
+        Raises:
+            SaveTimeoutError: it has not ended by then; it goes on.
+            KVStoreError: it failed; see ``Store.save_session``.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self._ticket.future.result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The error that the save ended with, or None if it did well; waits as ``result`` does.
+
+        Raises:
+            SaveTimeoutError: it has not ended by then; it goes on.
+        """
+        self._check_process()
+        check_timeout(timeout)
+        try:
+            error = self._ticket.future.exception(_bounded(timeout))
+        except TimeoutError:
+            raise SaveTimeoutError(
+                f"{self._path}: expected the save of {self._name!r} to end within {timeout} "
+                "seconds, but it goes on; wait longer, or ask again later"
+            ) from None
+        self._ticket.is_told = True
+        return error
+
+    def __repr__(self) -> str:
+        state = "done" if self._ticket.future.done() else "pending"
+        return f"<kvstore.PendingSave {self._name!r} {state}>"
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedStoreError(
+                f"{self._path}: this save was begun in another process (before fork()), which "
+                "ends it; open the store again in this one"
+            )
+
+
+class Workers(ThreadPoolExecutor):
+    """Threads; where the interpreter is ending and starts no more work, it is done at once."""
+
+    def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
+        """As in ``Executor``."""
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except RuntimeError:
+            future: Future[_T] = Future()
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001  # whoever asks the future gets it
+                future.set_exception(error)
+            return future
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Waiting:
+    """A snapshot on its way into the file, and the chunks there that it is going to build on."""
+
+    request: SaveRequest
+    execute: Execute
+    snapshot: Snapshot
+    chunk_ids: frozenset[int]
+    own_nbytes: int
+    ticket: _Ticket
+
+
+class SaveQueue:
+    """The saves of one store that were begun and are not in the file yet.
+
+    Invariants: they are written one at a time, in the order in which they were begun; what
+    is held for them never takes more than ``max_nbytes``, token ids and metadata included.
+    Memory that snapshots share counts once, until the last of them is written.
+    """
+
+    def __init__(self, database: Database, *, max_nbytes: int) -> None:
+        self._database = database
+        self._max_nbytes = max_nbytes
+        self._thread = Workers(1, thread_name_prefix="kvstore-save")
+        self._turn = threading.Lock()  # who holds it begins a save
+        self._changed = threading.Condition()  # guards what follows; notified when a save ends
+        self._waiting: deque[_Waiting] = deque()
+        self._running: _Waiting | None = None
+        self._n_done = 0
+        self._nbytes = 0
+        self._n_users: Counter[int] = Counter()  # snapshots by the id of memory that they hold
+        self._failed: list[_Ticket] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held for saves that are not in the file yet."""
+        with self._changed:
+            return self._nbytes
+
+    def kept_chunk_ids(self) -> frozenset[int]:
+        """Rows of the chunks that waiting saves are going to build on."""
+        with self._changed:
+            return frozenset().union(*(one.chunk_ids for one in self._waiting))
+
+    def begin(self, request: SaveRequest, cache: LiveSource, execute: Execute) -> PendingSave:
+        """Take a snapshot of what ``request`` needs of ``cache``, and save it behind the caller.
+
+        Waits for earlier saves while there is no room for the snapshot. One that has no room
+        even by itself is not taken: then the save is done when this returns.
+        """
+        ticket = _Ticket(Future())
+        pending = PendingSave(self._database.path, request.name, ticket)
+        own_nbytes = len(request.ids) * TOKEN_NBYTES + len(request.metadata)
+        with self._turn:
+            reserved = self._reserve(request, own_nbytes)
+            if reserved is None:
+                result, error = _outcome(execute, request)
+                if error is not None and not isinstance(error, Exception):
+                    raise error
+                with self._changed:
+                    self._settle(ticket, result, error)
+                return pending
+            plan, chunk_ids = reserved
+            try:
+                snapshot = take(request, cache, plan)
+            except BaseException:
+                with self._changed:
+                    self._nbytes -= own_nbytes + plan.nbytes
+                    self._let_go(plan.shared)
+                raise
+            with self._changed:
+                self._hold(set(snapshot.copies) - set(plan.shared))
+                self._waiting.append(
+                    _Waiting(
+                        request=replace(request, cache=snapshot),
+                        execute=execute,
+                        snapshot=snapshot,
+                        chunk_ids=chunk_ids,
+                        own_nbytes=own_nbytes,
+                        ticket=ticket,
+                    )
+                )
+            self._thread.submit(self._run_next)
+        return pending
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until every save that was begun before now has ended.
+
+        Raises:
+            SaveTimeoutError: they have not, after ``timeout`` seconds; they go on.
+        """
+        with self._changed:
+            if self._waiting:  # again, since an interrupt may have come between the two
+                self._thread.submit(self._run_next)
+            last = self._n_begun
+            if not self._changed.wait_for(lambda: self._n_done >= last, _bounded(timeout)):
+                raise SaveTimeoutError(
+                    f"{self._database.path}: expected the saves in the background to end within "
+                    f"{timeout} seconds, but {last - self._n_done} of them go on; wait longer"
+                )
+
+    def take_failure(self) -> BaseException | None:
+        """The first failure that nobody was told, told herewith; None if there is none."""
+        with self._changed:
+            self._failed = [one for one in self._failed if not one.is_told]
+            if not self._failed:
+                return None
+            first = self._failed.pop(0)
+            first.is_told = True
+            return first.future.exception()
+
+    def close(self) -> None:
+        """End the thread, after what waits for it."""
+        self._thread.shutdown(wait=True)
+
+    @property
+    def _n_begun(self) -> int:
+        return self._n_done + (self._running is not None) + len(self._waiting)
+
+    def _reserve(
+        self, request: SaveRequest, own_nbytes: int
+    ) -> tuple[SnapshotPlan, frozenset[int]] | None:
+        """Room for a snapshot, as soon as there is; None if it has none even by itself."""
+        while True:
+            with self._changed:
+                n_done = self._n_done
+            with db.read_transaction(self._database.engine) as connection:
+                wanted = plan_copy(connection, request)
+            with self._changed:
+                running = [] if self._running is None else [self._running]
+                others = [one.snapshot for one in (*running, *self._waiting)]
+                plan = plan_snapshot(request, wanted, others)
+                if self._nbytes + own_nbytes + plan.nbytes <= self._max_nbytes:
+                    self._nbytes += own_nbytes + plan.nbytes
+                    self._hold(plan.shared)
+                    return plan, wanted.chunk_ids
+                if n_done == self._n_begun:
+                    return None
+                # What ends meanwhile need not be copied any more, so it is planned again.
+                while self._n_done == n_done:
+                    self._changed.wait()
+
+    def _run_next(self) -> None:
+        """What the thread does: the save that has waited longest, if there is one."""
+        with self._changed:
+            if not self._waiting:
+                return
+            running = self._running = self._waiting.popleft()
+        result, error = _outcome(running.execute, running.request)
+        with self._changed:
+            self._running = None
+            self._nbytes -= running.own_nbytes
+            self._let_go(running.snapshot.copies)
+            running.snapshot.clear()
+            self._settle(running.ticket, result, error)
+            self._n_done += 1
+            self._changed.notify_all()
+
+    def _settle(
+        self, ticket: _Ticket, result: SaveResult | None, error: BaseException | None
+    ) -> None:
+        if error is not None:
+            self._failed = [one for one in self._failed if not one.is_told]
+            self._failed.append(ticket)
+            ticket.future.set_exception(error)
+        elif result is not None:
+            ticket.future.set_result(result)
+
+    def _hold(self, copies: Iterable[Copied]) -> None:
+        """One more snapshot needs these."""
+        self._n_users.update({id(one.memory) for one in copies})
+
+    def _let_go(self, copies: Iterable[Copied]) -> None:
+        """One snapshot less needs these; what none needs any more does not count."""
+        for key, memory in {id(one.memory): one.memory for one in copies}.items():
+            self._n_users[key] -= 1
+            if not self._n_users[key]:
+                del self._n_users[key]
+                self._nbytes -= memory.nbytes
+
+
+def report_failures(queue: SaveQueue, path: Path, pid: int) -> None:
+    """Warn of failures that nobody was told, when a store goes without having been closed."""
+    while os.getpid() == pid and (error := queue.take_failure()) is not None:
+        warnings.warn(
+            f"{path}: a save in the background failed, and nobody asked for it: "
+            f"{type(error).__name__}: {error}; close the store, or flush it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def check_timeout(seconds: Any) -> None:
+    """Refuse what is no time to wait.
+
+    Raises:
+        InputError: it is neither None nor a number of seconds of at least 0.
+    """
+    if seconds is not None and not (isinstance(seconds, int | float) and seconds >= 0):
+        raise InputError(f"timeout: expected None or 0 seconds or more, found {seconds!r:.80}")
+
+
+def _bounded(timeout: float | None) -> float | None:
+    """No more than the platform can wait."""
+    return None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+
+
+def _outcome(
+    execute: Execute, request: SaveRequest
+) -> tuple[SaveResult | None, BaseException | None]:
+    """What a save gave, or the error it ended with, which holds nothing of the snapshot."""
+    try:
+        return execute(request), None
+    except BaseException as error:  # noqa: BLE001  # whoever waits for it is told
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        return None, error
