@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from kvstore.db import engine as db
 from kvstore.db.schema import Database
-from kvstore.errors import ForkedStoreError, InputError, SaveTimeoutError
+from kvstore.errors import ForkedStoreError, InputError, KVStoreError, SaveTimeoutError
 from kvstore.save import SaveResult
 from kvstore.save_plan import SaveRequest, plan_copy
 from kvstore.snapshot import Copied, Snapshot, SnapshotPlan, plan_snapshot, take
@@ -169,8 +169,6 @@ class SaveQueue:
             reserved = self._reserve(request, own_nbytes)
             if reserved is None:
                 result, error = _outcome(execute, request)
-                if error is not None and not isinstance(error, Exception):
-                    raise error
                 with self._changed:
                     self._settle(ticket, result, error)
                 return pending
@@ -322,12 +320,26 @@ def _bounded(timeout: float | None) -> float | None:
 def _outcome(
     execute: Execute, request: SaveRequest
 ) -> tuple[SaveResult | None, BaseException | None]:
-    """What a save gave, or the error it ended with, which holds nothing of the snapshot."""
+    """What a save gave, or the error it ended with."""
     try:
         return execute(request), None
+    except KeyboardInterrupt:  # of a save in the foreground: threads get none
+        raise
     except BaseException as error:  # noqa: BLE001  # whoever waits for it is told
-        link: BaseException | None = error
-        while link is not None:
-            traceback.clear_frames(link.__traceback__)
-            link = link.__cause__ or link.__context__
+        if not isinstance(error, KVStoreError):
+            error.add_note("".join(traceback.format_exception(error)))
+        _forget_frames(error)
         return None, error
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Take the tracebacks away: their frames hold the snapshot, for as long as the error is kept.
+
+    One of ours says by itself what is wrong; others have the text of theirs as a note.
+    """
+    links: list[BaseException | None] = [error]
+    while links:
+        link = links.pop()
+        if link is not None and link.__traceback__ is not None:
+            link.__traceback__ = None
+            links += [link.__cause__, link.__context__]

@@ -296,3 +296,54 @@ def test_a_load_that_is_interrupted_leaves_a_shorter_exact_cache(store):
     assert n_tokens < 29
     assert cache.used() == [slots[:n_tokens] for slots in whole.used()]
     assert load_exact(store, name="a", cache=cache).n_tokens == 29
+
+
+# Each turn begins saves in the background, and the process dies in the middle of them.
+BACKGROUND_WRITER = """
+import sys
+import kvstore
+from tests.fakes import BytesCache, layout
+
+store = kvstore.open(sys.argv[1], chunk_n_tokens=8)
+cache = BytesCache(layout(n_layers=1, n_kv_heads=1, dtype="float16", capacity_n_tokens=128))
+cache.compute(range(9))
+print("ready", flush=True)
+turn = 0
+while True:
+    turn += 1
+    cache.truncate(len(cache.tokens) - 4)
+    cache.compute(range(turn, turn + 13))
+    options = {"metadata": {"n": len(cache.tokens)}, "background": True}
+    store.save_session(cache, cache.tokens, name="a", **options)
+    store.save_session(cache, cache.tokens[:11], name=f"b{turn % 3}", background=True)
+    if len(cache.tokens) > 100:
+        cache.truncate(9)
+    if turn % 16 == 0:
+        store.flush()
+"""
+
+
+def kill_forked(source, path, seconds):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sys.argv[1:] = [str(path)]
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # the child dies with it
+            exec(compile(source, "writer", "exec"), {"__name__": "writer"})
+        finally:
+            os._exit(3)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("n_kills", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_process_killed_while_it_saves_in_the_background_leaves_a_sound_store(tmp_path, n_kills):
+    path = tmp_path / "sessions.db"
+    kvstore.open(path).close()
+    delays = random.Random(7)
+    n_found = 0
+    for _ in range(n_kills):
+        kill_forked(BACKGROUND_WRITER, path, 0.05 + delays.random() * 0.25)
+        n_found += len(check(path))
+    assert n_found
