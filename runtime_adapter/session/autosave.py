@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import Any
 
 from kvstore import Store
+from kvstore.errors import SaveTimeoutError
 from runtime_adapter.caches.still import Still
 from runtime_adapter.session.claim import Claim
 
@@ -57,10 +59,19 @@ class BackgroundSaver:
         self._running = self._thread.submit(save)
         return self._running
 
-    def settle(self) -> None:
-        """Wait for the save under way; its error is kept."""
+    def settle(self, timeout: float | None = None) -> None:
+        """Wait for the save under way, and keep its error.
+
+        Raises:
+            SaveTimeoutError: it has not ended after ``timeout`` seconds; it goes on.
+        """
         if self._running is None:
             return
+        if not wait_for([self._running], timeout).done:
+            raise SaveTimeoutError(
+                f"expected the autosave under way to end within {timeout} seconds, but it goes "
+                "on; wait longer"
+            )
         try:
             self._running.result()
         except Exception as error:  # noqa: BLE001  whatever it is, the next call raises it
@@ -77,9 +88,13 @@ class BackgroundSaver:
         if error is not None:
             raise error
 
-    def wait(self) -> None:
-        """Wait for the save under way, and raise its error."""
-        self.settle()
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the save under way, and raise its error.
+
+        Raises:
+            SaveTimeoutError: it has not ended after ``timeout`` seconds; it goes on.
+        """
+        self.settle(timeout)
         self.check()
 
     def forget_error(self) -> None:

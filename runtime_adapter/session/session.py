@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, overload
 
-from kvstore import Lineage, MissReason, SaveResult, Store, token_ids
+from kvstore import Lineage, MissReason, PendingSave, SaveResult, Store, token_ids
 from kvstore.errors import (
     CapacityError,
     InputError,
@@ -30,6 +32,15 @@ if TYPE_CHECKING:
     import torch
 
 Stop = Callable[[int], bool]
+_Saved = TypeVar("_Saved")
+
+
+class _SaveOptions(TypedDict):
+    """What a save says beside the tokens."""
+
+    name: str | None
+    metadata: dict[str, Any]
+    replace: bool
 
 
 class Session:
@@ -89,6 +100,7 @@ class Session:
         self._is_appending = False
         self._is_closed = False
         self._is_stored = False
+        self._saves_behind = False
         self._overflow: Overflow | None = None
         self._saver = BackgroundSaver(store) if store is not None and autosave else None
         self._resumed: SessionResult | None = None
@@ -415,8 +427,18 @@ class Session:
 
     # ------------------------------------------------------------------ keeping it
 
-    def save(self) -> SaveResult:
+    @overload
+    def save(self, *, background: Literal[False] = False) -> SaveResult: ...
+
+    @overload
+    def save(self, *, background: Literal[True]) -> PendingSave: ...
+
+    def save(self, *, background: bool = False) -> SaveResult | PendingSave:
         """Store the conversation, under its name if it has one.
+
+        With ``background`` it is stored as it is now, behind the caller, who may go on at once;
+        see ``Store.save_session``. What fails then is told by the ``PendingSave``, or else by
+        ``flush``, ``Store.flush`` or ``Store.close``.
 
         Raises:
             InputError: there is no store, or there are no tokens.
@@ -426,16 +448,24 @@ class Session:
         self._check_open()
         if self._store is None:
             raise InputError("save: expected a session with a store, found none")
-        return self._save(self._store, name=self._name)
+        if not background:
+            return self._save(self._store, name=self._name)
+        self._saves_behind = True
+        return self._saved_by(self._store, self._name, self._store_behind)
 
-    def flush(self) -> None:
-        """Wait until what autosave has begun is in the file.
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until what autosave and ``save(background=True)`` have begun is in the file.
 
         Raises:
+            SaveTimeoutError: it is not, after ``timeout`` seconds; the saves go on.
             KVStoreError: it could not be saved.
         """
+        began = time.monotonic()
         if self._saver is not None:
-            self._saver.wait()
+            self._saver.wait(timeout)
+        if self._saves_behind and self._store is not None:
+            spent = time.monotonic() - began
+            self._store.flush(None if timeout is None else max(0.0, timeout - spent))
 
     def close(self) -> None:
         """End its use. With ``autosave``, all of it is stored first; the model stays open.
@@ -456,7 +486,9 @@ class Session:
             elif self._name is not None and self._is_stored:
                 if self._claim is not None:
                     self._claim.check()
-                store.delete_session(self._name)  # all of it was taken back
+                # All of it was taken back. A save in the background may have failed meanwhile.
+                with contextlib.suppress(SessionNotFoundError):
+                    store.delete_session(self._name)
             saver.close()
         self._is_closed = True
 
@@ -569,6 +601,11 @@ class Session:
         return {**self.metadata, STATE_KEY: state}
 
     def _save(self, store: Store, *, name: str | None) -> SaveResult:
+        return self._saved_by(store, name, self._store_now)
+
+    def _saved_by(
+        self, store: Store, name: str | None, save: Callable[[Store, str | None], _Saved]
+    ) -> _Saved:
         if not self.n_tokens:
             raise InputError("save: expected a conversation with tokens, found an empty one")
         if not self._follower.is_in_step or not self._model.cache.n_tokens:
@@ -577,22 +614,31 @@ class Session:
             self._follower.feed(n_computed)
         if self._saver is not None:
             self._saver.settle()  # two saves of one name at once would be in conflict
-        cache = self._model.cache
         claim = self._claim if name == self._name else None
         if claim is not None:
             claim.check()
-        saved = store.save_session(
-            cache,
-            cache.tokens,
-            name=name,
-            metadata=self._metadata(cache.n_tokens),
-            replace=self._replaces and name == self._name,
-        )
+        saved = save(store, name)
         if claim is not None:
+            # In the background already now: whoever begins the name next waits for this save.
             claim.renew()
         if name == self._name:
             self._saved(self.n_tokens)
         return saved
+
+    def _store_now(self, store: Store, name: str | None) -> SaveResult:
+        cache = self._model.cache
+        return store.save_session(cache, cache.tokens, **self._options(name))
+
+    def _store_behind(self, store: Store, name: str | None) -> PendingSave:
+        cache = self._model.cache
+        return store.save_session(cache, cache.tokens, **self._options(name), background=True)
+
+    def _options(self, name: str | None) -> _SaveOptions:
+        return {
+            "name": name,
+            "metadata": self._metadata(self._model.cache.n_tokens),
+            "replace": self._replaces and name == self._name,
+        }
 
     def _saved(self, n_tokens: int) -> None:
         self._replaces, self._saved_n_tokens = False, n_tokens

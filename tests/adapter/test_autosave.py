@@ -22,6 +22,7 @@ from kvstore.errors import (  # noqa: E402
     InputError,
     MetadataError,
     ProgramError,
+    SaveTimeoutError,
     SessionConflictError,
 )
 from runtime_adapter import Model, Session  # noqa: E402
@@ -378,3 +379,91 @@ def test_a_named_fork_is_not_written_over_by_who_began_the_name_before(tmp_path)
         fork.append([4])
         fork.save()
         assert Session(model, store, "mine").tokens == (*PROMPT, 4)
+
+
+def test_a_save_in_the_background_is_of_the_moment_of_the_call(slow_saves, tmp_path):
+    begun, sign = slow_saves
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        session = Session(model, store, "chat")
+        session.append(PROMPT)
+        before = journey.visible(model)
+        session.metadata["title"] = "then"
+        pending = session.save(background=True)
+        session.metadata["title"] = "now"
+        list(session.generate(3))
+        model.cache.truncate(5)
+        model.forward(PROMPT[::-1], start=5)
+        assert begun.wait(60)
+        assert not pending.done()
+        with pytest.raises(SaveTimeoutError):
+            session.flush(timeout=0)
+        sign.set()
+        session.flush(timeout=60)
+        assert pending.result().n_tokens == 40
+        resumed = Session(model, store, "chat")
+        assert resumed.tokens == tuple(PROMPT)
+        assert resumed.metadata["title"] == "then"
+        model.cache.truncate(0)
+        assert store.load_session(model.cache, [*PROMPT, 1]).n_tokens == 40
+        assert journey.visible(model) == before
+        assert store.verify().ok
+
+
+def test_saves_in_the_background_and_autosave_follow_each_other(tmp_path):
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        with Session(model, store, "chat", autosave=True) as session:
+            session.append(PROMPT)
+            for _ in session.generate(30):
+                session.save(background=True)
+            session.flush()
+            tokens = session.tokens
+            assert store.sessions()[0].n_tokens in (len(tokens) - 1, len(tokens))
+        assert Session(model, store, "chat").tokens == tokens
+        assert store.verify().ok
+
+
+def test_a_name_that_is_being_saved_in_the_background_is_claimed(slow_saves, tmp_path):
+    _, sign = slow_saves
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        older, newer = Session(model, store, "chat"), Session(model, store, "chat")
+        newer.append(PROMPT)
+        threading.Timer(0.5, sign.set).start()
+        newer.save(background=True)
+        older.append([1, 2, 3])
+        with pytest.raises(SessionConflictError, match="another Session"):
+            older.save()
+        last = Session(model, store, "chat")
+        assert last.tokens == tuple(PROMPT)
+        last.append([4])
+        last.save(background=True).result()
+        assert Session(model, store, "chat").tokens == (*PROMPT, 4)
+        assert store.verify().ok
+
+
+def test_a_failure_in_the_background_is_told_by_flush_and_saved_later(tmp_path):
+    db = tmp_path / "s.db"
+    with kvstore.open(db) as store:
+        nbytes = store.stats().file_nbytes
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(db, chunk_n_tokens=CHUNK, max_bytes=nbytes + 4096) as store,
+    ):
+        session = Session(model, store, "chat")
+        session.append(PROMPT)
+        session.save(background=True)
+        with pytest.raises(BudgetError):
+            session.flush()
+        session.flush()
+        with pytest.raises(BudgetError):
+            session.save(background=True).result()
+        assert store.sessions() == []
+        assert store.verify().ok
