@@ -148,8 +148,7 @@ class SaveQueue:
     @property
     def nbytes(self) -> int:
         """Bytes that are held for saves that are not in the file yet."""
-        with self._changed:
-            return self._nbytes
+        return self._nbytes
 
     def kept_chunk_ids(self) -> frozenset[int]:
         """Rows of the chunks that waiting saves are going to build on."""
@@ -192,7 +191,7 @@ class SaveQueue:
                         ticket=ticket,
                     )
                 )
-            self._thread.submit(self._run_next)
+            self._thread.submit(self._run_waiting)
         return pending
 
     def wait(self, timeout: float | None = None) -> None:
@@ -202,8 +201,7 @@ class SaveQueue:
             SaveTimeoutError: they have not, after ``timeout`` seconds; they go on.
         """
         with self._changed:
-            if self._waiting:  # again, since an interrupt may have come between the two
-                self._thread.submit(self._run_next)
+            self._go_on()
             last = self._n_begun
             if not self._changed.wait_for(lambda: self._n_done >= last, _bounded(timeout)):
                 raise SaveTimeoutError(
@@ -248,15 +246,25 @@ class SaveQueue:
                     return plan, wanted.chunk_ids
                 if n_done == self._n_begun:
                     return None
+                self._go_on()
                 # What ends meanwhile need not be copied any more, so it is planned again.
                 while self._n_done == n_done:
                     self._changed.wait()
 
-    def _run_next(self) -> None:
-        """What the thread does: the save that has waited longest, if there is one."""
+    def _go_on(self) -> None:
+        """Nobody waits for a save whose beginning was interrupted before the thread knew of it."""
+        if self._waiting:
+            self._thread.submit(self._run_waiting)
+
+    def _run_waiting(self) -> None:
+        """What the thread does: all saves that wait, the one that has waited longest first."""
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
         with self._changed:
             if not self._waiting:
-                return
+                return False
             running = self._running = self._waiting.popleft()
         result, error = _outcome(running.execute, running.request)
         with self._changed:
@@ -267,6 +275,7 @@ class SaveQueue:
             self._settle(running.ticket, result, error)
             self._n_done += 1
             self._changed.notify_all()
+        return True
 
     def _settle(
         self, ticket: _Ticket, result: SaveResult | None, error: BaseException | None

@@ -161,6 +161,18 @@ class Store:
         background: Literal[True],
     ) -> PendingSave: ...
 
+    @overload
+    def save_session(
+        self,
+        cache: LiveCache,
+        tokens: Iterable[int],
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+        background: bool,
+    ) -> SaveResult | PendingSave: ...
+
     def save_session(
         self,
         cache: LiveCache,
@@ -185,7 +197,8 @@ class Store:
         loading. What is wrong with the arguments is raised here; everything else is told by the
         ``PendingSave``, or else by ``flush`` and ``close``. While the copies would take more than
         ``max_pending_bytes``, the call waits for earlier saves; where they would by themselves,
-        it saves before it returns.
+        it saves before it returns. A process that ends by itself finishes its saves first, one
+        that is killed leaves the former session.
 
         Raises:
             TokensError: ``tokens`` is empty or not integer ids.

@@ -544,6 +544,25 @@ def test_an_interrupted_snapshot_leaves_nothing_behind(store):
     assert begin(store, cache, name="a").result().n_new_tokens == 30
 
 
+@pytest.mark.parametrize("max_pending_bytes", ["1 MiB", 40 * layout().token_nbytes])
+def test_a_save_whose_beginning_was_interrupted_holds_nobody_up(
+    open_store, monkeypatch, max_pending_bytes
+):
+    """Where the snapshot was taken already, it is saved."""
+    store = open_store(chunk_n_tokens=8, max_pending_bytes=max_pending_bytes)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._queue._thread, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            begin(store, computed(TOKENS), name="a")
+    assert begin(store, computed(OTHERS), name="b").result(60).n_tokens == 30
+    assert {row.name for row in store.sessions()} == {"a", "b"}
+    assert store.pending_nbytes == 0
+
+
 def test_an_interrupted_close_can_be_tried_again(store, gate, monkeypatch):
     gate.shut()
     begin(store, computed(TOKENS), name="a")

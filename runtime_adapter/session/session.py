@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from kvstore import Lineage, MissReason, PendingSave, SaveResult, Store, token_ids
 from kvstore.errors import (
@@ -33,14 +33,6 @@ if TYPE_CHECKING:
 
 Stop = Callable[[int], bool]
 _Saved = TypeVar("_Saved")
-
-
-class _SaveOptions(TypedDict):
-    """What a save says beside the tokens."""
-
-    name: str | None
-    metadata: dict[str, Any]
-    replace: bool
 
 
 class Session:
@@ -433,6 +425,9 @@ class Session:
     @overload
     def save(self, *, background: Literal[True]) -> PendingSave: ...
 
+    @overload
+    def save(self, *, background: bool) -> SaveResult | PendingSave: ...
+
     def save(self, *, background: bool = False) -> SaveResult | PendingSave:
         """Store the conversation, under its name if it has one.
 
@@ -627,18 +622,24 @@ class Session:
 
     def _store_now(self, store: Store, name: str | None) -> SaveResult:
         cache = self._model.cache
-        return store.save_session(cache, cache.tokens, **self._options(name))
+        return store.save_session(
+            cache,
+            cache.tokens,
+            name=name,
+            metadata=self._metadata(cache.n_tokens),
+            replace=self._replaces and name == self._name,
+        )
 
     def _store_behind(self, store: Store, name: str | None) -> PendingSave:
         cache = self._model.cache
-        return store.save_session(cache, cache.tokens, **self._options(name), background=True)
-
-    def _options(self, name: str | None) -> _SaveOptions:
-        return {
-            "name": name,
-            "metadata": self._metadata(self._model.cache.n_tokens),
-            "replace": self._replaces and name == self._name,
-        }
+        return store.save_session(
+            cache,
+            cache.tokens,
+            name=name,
+            metadata=self._metadata(cache.n_tokens),
+            replace=self._replaces and name == self._name,
+            background=True,
+        )
 
     def _saved(self, n_tokens: int) -> None:
         self._replaces, self._saved_n_tokens = False, n_tokens
