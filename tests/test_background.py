@@ -712,7 +712,7 @@ class BackgroundMachine(RuleBasedStateMachine):
         for cache in self.caches:
             cache.truncate(n_tokens)
 
-    @precondition(lambda self: len(self.caches[0].tokens) > 2 and self.layout.is_full)
+    @precondition(lambda self: len(self.caches[0].tokens) > 2)
     @rule(data=st.data())
     def edit(self, data):
         start = data.draw(st.integers(1, len(self.caches[0].tokens) - 1))
