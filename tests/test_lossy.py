@@ -428,3 +428,23 @@ def test_the_tensor_spec_decides_what_may_lose():
     for change in ({"role": "k_scale"}, {"dtype": "float64"}, {"dtype": "int8"}):
         fields = {name: getattr(spec, name) for name in TensorSpec.__slots__} | change
         assert not codec.may_lose(TensorSpec(**fields))
+
+
+def test_a_lossy_save_in_the_background_is_the_same(opened):
+    cache = filled(80)
+    store = opened(codec="int4")
+    pending = store.save_session(cache, cache.tokens, name="chat", background=True)
+    tokens = list(cache.tokens)
+    cache.truncate(0)
+    cache.compute([9] * 80)
+    saved = pending.result()
+    assert (saved.codec, saved.n_new_tokens, saved.n_fallback_blobs) == ("int4", 80, 0)
+    target = NumbersCache(LAYOUT)
+    assert store.load_session(target, [*tokens, 5]).n_tokens == 80
+    other = kvstore.open(store.path.with_name("other.db"), chunk_n_tokens=SIZE, codec="int4")
+    with other as foreground:
+        foreground.save_session(filled(80), tokens)
+        again = NumbersCache(LAYOUT)
+        foreground.load_session(again, [*tokens, 5])
+        assert foreground.verify().problems == ()
+    assert again.memory == target.memory
