@@ -171,9 +171,7 @@ class Result:
     def target(self, wanted: str, ratio: float | None, bound: float, *, found: str = "") -> None:
         """Judge ``ratio``: it is met at ``bound`` or above. None: it could not be measured."""
         if ratio is None:
-            self.targets.append(
-                Target(wanted=wanted, found=found or "not measured", is_met=None)
-            )
+            self.targets.append(Target(wanted=wanted, found=found or "not measured", is_met=None))
             return
         text = found or f"{shown(ratio, 'x')}"
         self.targets.append(Target(wanted=wanted, found=text, is_met=ratio >= bound))

@@ -1,88 +1,126 @@
-"""Restoring a stored prefix against computing it again, on a real ExecuTorch program.
+"""How fast a stored cache comes back, beside llama.cpp and others.
 
-    python benchmarks/restore.py [--model my.pte --prompt-ids ids.json] [--repeats 3]
+    python benchmarks/restore.py [--n-tokens 2048] [--codecs raw exact] [--dtypes bfloat16 ...]
 
-For each length: prefill the prompt (the peer: what an app does today after a
-restart), save it, load it into an emptied cache of the same method, run the last
-token. The floor is one memcpy of the restored bytes, measured in the same run.
-Medians over the repeats. Without --model it uses the demo's tiny Llama; the
-larger the model, the larger the ratio.
+A cache of Llama-3.2-1B's shape, restored into memory that held something before, from files in
+the page cache. kvstore verifies every checksum; no peer has any. Needs no ExecuTorch.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import measure
+import peers
+from contest import SHAPE, codec_names, content, contest
+from measure import Column, Plot, Result, interleaved
 
-import numpy as np
-
-import kvstore
-from runtime_adapter import Model
-from runtime_adapter.commands import demo
-
-LENGTHS = (128, 256, 512, 1024, 1499, 2048)
+DTYPES = ("bfloat16", "float16", "float32")
+_COLUMNS = (
+    Column("who", "restored by"),
+    Column("file", "file MB", "MB"),
+    Column("seconds", "ms", "ms"),
+    Column("rate", "GB/s of K and V", "GB/s"),
+    Column("ratio", "llama.cpp / it", "x"),
+    Column("note", "note"),
+)
 
 
 def main() -> None:
-    """Print one line a length."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--prompt-ids", type=Path, help="a JSON list of token ids")
-    parser.add_argument("--repeats", type=int, default=3)
+    """One table for each dtype."""
+    parser = measure.arguments_parser(__doc__)
+    parser.add_argument("--n-tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--codecs", nargs="+", help="names for kvstore.open(codec=...)")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     arguments = parser.parse_args()
-
-    program = Path(demo.__file__).parents[1] / "demo" / "tiny-llama.pte"
-    prompt = demo.builtin_prompt()
-    if arguments.model is not None:
-        program = arguments.model
-        prompt = json.loads(arguments.prompt_ids.read_text()) if arguments.prompt_ids else None
-    with tempfile.TemporaryDirectory() as folder, Model.open(program) as model:
-        if prompt is None:
-            prompt = [1 + i % (model.vocab_size - 1) for i in range(model.capacity_n_tokens)]
-        with kvstore.open(Path(folder) / "sessions.db") as store:
-            print(f"{program.name}: {model.layout.token_nbytes / 1024:.1f} KiB a token")
-            print("tokens  prefill ms  restore ms  of it load ms  prefill/restore  load/memcpy")
-            for n_tokens in LENGTHS:
-                if n_tokens < min(len(prompt), model.capacity_n_tokens):
-                    print(line(model, store, prompt[:n_tokens], arguments.repeats), flush=True)
-
-
-def line(model: Model, store: kvstore.Store, ids: Sequence[int], repeats: int) -> str:
-    """One length: prefill, save, restore, all into the same live cache."""
-    prefill, restore, load = [], [], []
-    for _ in range(repeats):
-        model.cache.truncate(0)
-        prefill.append(timed(lambda: model.forward(ids, start=0)))
-    store.save_session(model.cache, ids)
-    raw_nbytes = 0
-    for _ in range(repeats):
-        model.cache.truncate(0)
-        began = time.perf_counter()
-        hit = store.load_session(model.cache, ids)
-        load.append(hit.seconds)
-        model.forward(ids[hit.n_tokens :], start=hit.n_tokens)
-        restore.append(time.perf_counter() - began)
-        raw_nbytes = hit.raw_nbytes
-    source = np.ones(raw_nbytes, np.uint8)
-    target = np.zeros_like(source)
-    memcpy = statistics.median(timed(lambda: np.copyto(target, source)) for _ in range(5))
-    prefill_s, restore_s, load_s = map(statistics.median, (prefill, restore, load))
-    return (
-        f"{len(ids):6}  {prefill_s * 1e3:10.1f}  {restore_s * 1e3:10.1f}  {load_s * 1e3:13.1f}  "
-        f"{prefill_s / restore_s:14.1f}x  {load_s / memcpy:10.1f}x"
+    n_rounds = arguments.rounds or (5 if arguments.quick else 15)
+    measure.confine()
+    result = Result(
+        name="restore",
+        question="How fast does a stored cache come back?",
+        method=(
+            f"{arguments.n_tokens:,} tokens of {SHAPE}, filled with {content()}; files in the page "
+            "cache; kvstore verifies a checksum of every byte and works in two threads, no peer "
+            f"verifies anything, and each works in one. {n_rounds} interleaved rounds. llama.cpp's "
+            "16-bit cache is f16."
+        ),
     )
+    ratios: dict[tuple[str, str], float] = {}
+    for dtype in arguments.dtypes:
+        one_dtype(
+            result,
+            dtype,
+            n_tokens=arguments.n_tokens,
+            codecs=codec_names(arguments.codecs),
+            n_rounds=n_rounds,
+            ratios=ratios,
+        )
+    judge(result, ratios)
+    result.plots.append(
+        Plot(
+            name="restore",
+            title="Restoring, times llama.cpp's speed",
+            x_label="",
+            y_label="llama.cpp's time / its time",
+            series={
+                dtype: [(who, ratio) for (of, who), ratio in ratios.items() if of == dtype]
+                for dtype in arguments.dtypes
+            },
+            kind="bars",
+            is_log=False,
+        )
+    )
+    measure.finish(result, arguments.json)
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Seconds that one call takes."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+def one_dtype(
+    result: Result,
+    dtype: str,
+    *,
+    n_tokens: int,
+    codecs: list[str],
+    n_rounds: int,
+    ratios: dict[tuple[str, str], float],
+) -> None:
+    """Restore by everyone, by turns; fills ``ratios`` by dtype and contender."""
+    with contest(dtype, n_tokens=n_tokens, codecs=codecs) as held:
+        took = interleaved(held.contenders, n_rounds=n_rounds, n_warmups=2)
+        table = result.table(f"{dtype}, {held.raw_nbytes / 1e6:.0f} MB of K and V", *_COLUMNS)
+        llama = took.get(peers.LLAMA)
+        for who, seconds in took.items():
+            ratio = None
+            if llama is not None and who not in (peers.LLAMA, "memcpy"):
+                ratio = ratios[dtype, who] = llama / seconds
+            table.add(
+                who=who,
+                file=held.file_nbytes.get(who),
+                seconds=seconds,
+                rate=seconds.per(held.raw_nbytes),
+                ratio=ratio,
+                note="",
+            )
+        for who, reason in held.absent.items():
+            table.add(who=who, note=reason)
+
+
+def judge(result: Result, ratios: dict[tuple[str, str], float]) -> None:
+    """Hold what was found against what is wanted."""
+    for dtype in DTYPES:
+        result.target(
+            f"`raw`, {dtype}: at least 1.0x llama.cpp's bytes a second, checksummed",
+            ratios.get((dtype, "kvstore raw")),
+            1.0,
+        )
+    for dtype in ("bfloat16", "float32"):
+        result.target(
+            f"`exact`, {dtype}: at least 0.7x llama.cpp's bytes a second",
+            ratios.get((dtype, "kvstore exact")),
+            0.7,
+        )
+    result.target(
+        "`int8` into bfloat16: less time than llama.cpp's 16-bit cache",
+        ratios.get(("bfloat16", "kvstore int8")),
+        1.0,
+    )
 
 
 if __name__ == "__main__":

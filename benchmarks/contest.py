@@ -1,0 +1,115 @@
+"""The restores that are compared: kvstore by codec, and the peers, from files of the same cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import peers
+from measure import CACHE, Contender
+from synthetic import SyntheticCache, llama_1b_layout, random_ids, trained_values
+
+import kvstore
+from kvstore import codec
+
+SHAPE = "Llama-3.2-1B's shape (16 layers, 8 KV heads of 64)"
+
+
+@dataclass(slots=True, kw_only=True)
+class Contest:
+    """Saved once by each; ``contenders`` restore, by name. ``absent`` says who cannot, and why."""
+
+    raw_nbytes: int
+    contenders: dict[str, Contender] = field(default_factory=dict)
+    file_nbytes: dict[str, int] = field(default_factory=dict)
+    save_seconds: dict[str, float] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+def codec_names(arguments: Sequence[str] | None) -> list[str]:
+    """The codecs to measure: those that were asked for, or all that this version offers."""
+    return list(arguments or codec.NAMES)
+
+
+def content() -> str:
+    """What the caches are filled with, in words."""
+    if trained_values() is None:
+        return "normally distributed numbers (ExecuTorch is not installed)"
+    return "the demo model's trained K and V, none twice within a chunk"
+
+
+@contextmanager
+def contest(
+    dtype: str, *, n_tokens: int, codecs: Sequence[str], peer_names: Sequence[str] = peers.NAMES
+) -> Iterator[Contest]:
+    """One cache, saved by every codec and peer; files are in the page cache."""
+    layout = llama_1b_layout(capacity_n_tokens=n_tokens, dtype=dtype)
+    cache, ids = SyntheticCache(layout, values=trained_values()), random_ids(n_tokens)
+    cache.extend(ids)
+    target = SyntheticCache(layout)  # filled: none of its pages is new
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=_scratch())))
+        found = Contest(raw_nbytes=sum(memory.nbytes for memory in cache.memory))
+        for name in codecs:
+            label = f"kvstore {name}"
+            try:
+                store = stack.enter_context(kvstore.open(folder / f"{_slug(name)}.db", codec=name))
+            except kvstore.InputError as error:
+                found.absent[label] = f"not offered: {error}"
+                continue
+            saved = store.save_session(cache, ids)
+            found.file_nbytes[label], found.save_seconds[label] = saved.stored_nbytes, saved.seconds
+            found.contenders[label] = Contender(
+                run=_loading(store, target, ids), before=_emptying(target)
+            )
+        for name in peer_names:
+            reason = peers.not_installed(name)
+            if reason is not None:
+                found.absent[name] = reason
+                continue
+            peer = peers.make(name, cache, n_tokens=n_tokens, dtype=dtype)
+            stack.callback(peer.close)
+            path = folder / f"{_slug(name)}.peer"
+            peer.save(path)
+            found.file_nbytes[name] = path.stat().st_size
+            found.contenders[name] = Contender(run=_restoring(peer, path))
+        found.contenders["memcpy"] = Contender(run=_copying(cache, target))
+        yield found
+
+
+def _loading(store: kvstore.Store, target: SyntheticCache, ids: list[int]) -> Callable[[], object]:
+    def load() -> None:
+        hit = store.load_session(target, [*ids, 0])  # one more, so that all of ids is restored
+        if hit.n_tokens != len(ids):
+            raise SystemExit(f"restored {hit.n_tokens} of {len(ids)} tokens: {hit.detail}")
+
+    return load
+
+
+def _emptying(target: SyntheticCache) -> Callable[[], object]:
+    return lambda: target.truncate(0)
+
+
+def _restoring(peer: peers.Peer, path: Path) -> Callable[[], object]:
+    return lambda: peer.restore(path)
+
+
+def _copying(source: SyntheticCache, target: SyntheticCache) -> Callable[[], object]:
+    def copy() -> None:
+        for one, other in zip(source.memory, target.memory, strict=True):
+            np.copyto(other, one)
+
+    return copy
+
+
+def _scratch() -> Path:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return CACHE
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)

@@ -1,0 +1,250 @@
+"""What saving one more turn costs as a conversation grows, beside writing all of it again.
+
+    python benchmarks/save.py [--turn-n-tokens 64] [--lengths 1000 2000 4000] [--dtypes ...]
+
+A save is durable: synced to the disk, and the old state stays until the new one is whole. kvstore
+does that by itself; the peers' files are synced here and renamed into place. Needs no ExecuTorch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import measure
+import peers
+from contest import SHAPE, codec_names, content
+from measure import CACHE, Column, Plot, Result, Table, spread, timed
+from synthetic import SyntheticCache, llama_1b_layout, random_ids, trained_values
+
+import kvstore
+
+_COLUMNS = (
+    Column("length", "tokens", "count"),
+    Column("who", "saved by"),
+    Column("seconds", "ms", "ms"),
+    Column("nbytes", "MB written", "MB"),
+    Column("time_ratio", "time: llama.cpp / it", "x"),
+    Column("nbytes_ratio", "bytes: llama.cpp / it", "x"),
+)
+TARGET_LENGTH = 4000
+
+
+@dataclass(slots=True)
+class Cost:
+    """Of the turns that were saved at about one length."""
+
+    seconds: list[float] = field(default_factory=list)
+    nbytes: list[float] = field(default_factory=list)
+
+
+def main() -> None:
+    """One table for each dtype."""
+    parser = measure.arguments_parser(__doc__)
+    parser.add_argument("--turn-n-tokens", type=int, default=64)
+    parser.add_argument("--lengths", nargs="+", type=int)
+    parser.add_argument("--turns", type=int, help="turns measured at each length")
+    parser.add_argument("--codecs", nargs="+")
+    parser.add_argument("--dtypes", nargs="+")
+    arguments = parser.parse_args()
+    n_turns = arguments.turns or (4 if arguments.quick else 12)
+    lengths = arguments.lengths or ([1000, 4000] if arguments.quick else [500, 1000, 2000, 4000])
+    dtypes = arguments.dtypes or (
+        ["bfloat16"] if arguments.quick else ["bfloat16", "float16", "float32"]
+    )
+    measure.confine()
+    result = Result(
+        name="save",
+        question="What does saving one more turn cost as a conversation grows?",
+        method=(
+            f"{SHAPE}, filled with {content()}. At each length {n_turns} turns of "
+            f"{arguments.turn_n_tokens} tokens are added, and each is saved durably by everyone in "
+            "turn. Bytes are those that the process hands to the system to write: for kvstore that "
+            "is SQLite's log, and its copy into the file when a checkpoint comes. Peers write "
+            "their whole state into a new file, which is synced and renamed."
+        ),
+    )
+    for dtype in dtypes:
+        costs = one_dtype(
+            dtype,
+            turn_n_tokens=arguments.turn_n_tokens,
+            lengths=lengths,
+            n_turns=n_turns,
+            codecs=codec_names(arguments.codecs),
+            result=result,
+        )
+        judge(result, dtype, costs, lengths)
+    measure.finish(result, arguments.json)
+
+
+def one_dtype(
+    dtype: str,
+    *,
+    turn_n_tokens: int,
+    lengths: list[int],
+    n_turns: int,
+    codecs: list[str],
+    result: Result,
+) -> dict[tuple[str, int], Cost]:
+    """Costs by contender and length."""
+    capacity = max(lengths) + n_turns * turn_n_tokens
+    layout = llama_1b_layout(capacity_n_tokens=capacity, dtype=dtype)
+    cache = SyntheticCache(layout, values=trained_values())
+    ids = random_ids(capacity)
+    costs: dict[tuple[str, int], Cost] = {}
+    absent = {name: peers.not_installed(name) for name in peers.NAMES}
+    table = result.table(
+        f"{dtype}, {layout.token_nbytes / 1024:.0f} KiB a token, "
+        f"{turn_n_tokens} tokens a turn ({turn_n_tokens * layout.token_nbytes / 1e6:.2f} MB)",
+        *_COLUMNS,
+    )
+    for length in lengths:
+        with TemporaryDirectory(dir=CACHE) as name:
+            folder = Path(name)
+            stores = {
+                f"kvstore {codec}": kvstore.open(folder / f"{index}.db", codec=codec)
+                for index, codec in enumerate(codecs)
+            }
+            cache.truncate(0)
+            cache.extend(ids[:length])
+            for store in stores.values():
+                store.save_session(cache, cache.tokens, name="chat")
+            llama = None
+            if absent[peers.LLAMA] is None:
+                llama = peers.LlamaCpp(n_tokens=length, dtype=dtype)
+                llama.save(folder / "llama")
+            for turn in range(n_turns):
+                start = length + turn * turn_n_tokens
+                cache.extend(ids[start : start + turn_n_tokens])
+                saves: dict[str, Callable[[], object]] = {
+                    who: _saving(store, cache) for who, store in stores.items()
+                }
+                if llama is not None:
+                    if llama.n_tokens + turn_n_tokens > length + 512:
+                        llama.truncate(length)
+                    llama.extend(turn_n_tokens)
+                    saves[peers.LLAMA] = _writing(llama, folder / "llama")
+                for who in peers.NAMES[1:]:
+                    if absent[who] is None:
+                        peer = peers.make(who, cache, n_tokens=len(cache.tokens), dtype=dtype)
+                        saves[who] = _writing(peer, folder / f"whole-{peers.NAMES.index(who)}")
+                order = list(saves)
+                turned = turn % len(order)
+                for who in order[turned:] + order[:turned]:
+                    before = measure.written_nbytes()
+                    seconds = timed(saves[who])
+                    after = measure.written_nbytes()
+                    cost = costs.setdefault((who, length), Cost())
+                    cost.seconds.append(seconds)
+                    if before is not None and after is not None:
+                        cost.nbytes.append(after - before)
+            for store in stores.values():
+                store.close()
+            if llama is not None:
+                llama.close()
+        rows(table, costs, length)
+    for who, reason in absent.items():
+        if reason is not None:
+            result.notes.append(f"{who}: {reason}.")
+    return costs
+
+
+def rows(table: Table, costs: dict[tuple[str, int], Cost], length: int) -> None:
+    """Add what was found at one length."""
+    llama = costs.get((peers.LLAMA, length))
+    for (who, at), cost in costs.items():
+        if at == length:
+            ratios = [None, None] if llama is None or cost is llama else _ratios(llama, cost)
+            table.add(
+                length=length,
+                who=who,
+                seconds=spread(cost.seconds),
+                nbytes=spread(cost.nbytes) if cost.nbytes else None,
+                time_ratio=ratios[0],
+                nbytes_ratio=ratios[1],
+            )
+
+
+def _ratios(peer: Cost, cost: Cost) -> list[float | None]:
+    """How many times the time, and the bytes, the peer takes.
+
+    Bytes by the mean: a checkpoint comes only now and then, and counts too.
+    """
+    return [
+        spread(peer.seconds) / spread(cost.seconds),
+        sum(peer.nbytes) / sum(cost.nbytes) if cost.nbytes else None,
+    ]
+
+
+def _saving(store: kvstore.Store, cache: SyntheticCache) -> Callable[[], object]:
+    return lambda: store.save_session(cache, cache.tokens, name="chat")
+
+
+def _writing(peer: peers.Peer, path: Path) -> Callable[[], object]:
+    """Save durably: a new file, synced, renamed over the old one; then the folder is synced."""
+
+    def write() -> None:
+        partial = path.with_suffix(".new")
+        peer.save(partial)
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+
+    return write
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def judge(
+    result: Result, dtype: str, costs: dict[tuple[str, int], Cost], lengths: list[int]
+) -> None:
+    """Hold what was found against what is wanted, and plot it."""
+    store = next((who for who, _ in costs if who == "kvstore exact"), next(iter(costs))[0])
+    mine, llama = costs.get((store, TARGET_LENGTH)), costs.get((peers.LLAMA, TARGET_LENGTH))
+    if dtype != "float32":
+        ratios = [None, None] if mine is None or llama is None else _ratios(llama, mine)
+        for ratio, what in zip(ratios, ("time", "bytes"), strict=True):
+            result.target(
+                f"{store}, {dtype}, a turn at 4,000 tokens: at most 1/20 of llama.cpp's {what}",
+                ratio,
+                20.0,
+            )
+        first, last = (spread(costs[store, length].seconds) for length in (lengths[0], lengths[-1]))
+        growth = last / first
+        result.target(
+            f"{store}, {dtype}: a turn's save does not grow with the context (at most 1.25 times "
+            f"from {lengths[0]:,} to {lengths[-1]:,} tokens)",
+            1.25 / growth,
+            1.0,
+            found=f"{growth:.2f} times",
+        )
+    contenders = dict.fromkeys(who for who, _ in costs)
+    for key, label, values in (
+        ("time", "ms", lambda cost: spread(cost.seconds).median * 1e3),
+        ("bytes", "MB", lambda cost: sum(cost.nbytes) / max(1, len(cost.nbytes)) / 1e6),
+    ):
+        result.plots.append(
+            Plot(
+                name=f"save-{key}-{dtype}",
+                title=f"Saving a turn of 64 tokens durably, {dtype}",
+                x_label="tokens in the conversation",
+                y_label=label,
+                series={
+                    who: [(length, values(costs[who, length])) for length in lengths]
+                    for who in contenders
+                },
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
