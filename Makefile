@@ -1,6 +1,7 @@
 # kvstore: the commands for people. `make` alone lists them.
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with (3.11 or newer)
+#   BENCH_ARGS="..."    passed on, for example BENCH_ARGS=--quick or BENCH_ARGS="--only restore save"
 #   PYTEST_ARGS="..."   passed on, for example PYTEST_ARGS="tests/test_layout.py -x"
 
 PYTHON ?=
@@ -8,7 +9,8 @@ BIN := .venv/bin
 MAKE_ENV := $(or $(PYTHON),python3) .ci/make_env.py $(if $(PYTHON),--explicit)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow test-all lint format types imports check wheel clean
+.PHONY: help setup setup-dev demo test test-slow test-all lint format types imports check wheel clean \
+  bench bench-docs
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +42,18 @@ test-slow: setup  ## the tests that `make test` leaves out
 test-all: setup  ## all tests
 	@$(PROGRAMS)
 	@$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+# The peers are installed once an environment; those that cannot be are left out.
+PEERS := .venv/kvstore-bench-setup
+$(PEERS): pyproject.toml | setup
+	@$(BIN)/python benchmarks/setup_peers.py
+	@touch $@
+
+bench: setup $(PEERS)  ## measure, beside llama.cpp and others: tables, JSON, plots in .cache/bench/results
+	@$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-docs: setup  ## refresh docs/benchmarks.md from the last `make bench`
+	@$(BIN)/python benchmarks/report.py --docs
 
 lint: setup-dev  ## ruff: rules and formatting
 	@$(BIN)/ruff check .

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import measure
 import numpy as np
 import peers
-from measure import CACHE, Contender
+from measure import Contender
 from synthetic import SyntheticCache, llama_1b_layout, random_ids, trained_values
 
 import kvstore
@@ -52,7 +53,7 @@ def contest(
     cache.extend(ids)
     target = SyntheticCache(layout)  # filled: none of its pages is new
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(dir=_scratch())))
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=measure.scratch())))
         found = Contest(raw_nbytes=sum(memory.nbytes for memory in cache.memory))
         for name in codecs:
             label = f"kvstore {name}"
@@ -104,11 +105,6 @@ def _copying(source: SyntheticCache, target: SyntheticCache) -> Callable[[], obj
             np.copyto(other, one)
 
     return copy
-
-
-def _scratch() -> Path:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    return CACHE
 
 
 def _slug(name: str) -> str:

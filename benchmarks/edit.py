@@ -1,4 +1,4 @@
-"""What changing a conversation costs, against computing the result from the start.
+"""What changing a conversation costs, beside computing the result from the start.
 
     python benchmarks/edit.py [--model my.pte --n-tokens 1500]
 
@@ -9,31 +9,63 @@ same run. The demo's model by default.
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import measure
+import program
+from measure import Column, Result, spread, timed
 
 import kvstore
-from runtime_adapter import Model, Session
 
-N_REPEATS = 5
 N_GENERATED = 32
+_COLUMNS = (
+    Column("what", "change"),
+    Column("seconds", "ms", "ms"),
+    Column("computed", "computed", "count"),
+    Column("prefill", "prefill, ms", "ms"),
+    Column("ratio", "prefill / change", "x"),
+)
 
 
 def main() -> None:
-    """Print one line a change: seconds, tokens computed, and the ratio to a prefill."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """One line a change."""
+    parser = measure.arguments_parser(__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--n-tokens", type=int, default=1500)
+    parser.add_argument("--rounds", type=int)
     arguments = parser.parse_args()
+    n_rounds = arguments.rounds or (2 if arguments.quick else 5)
+    measure.confine()
+    result = Result(
+        name="edit",
+        question="What does changing a conversation cost?",
+        method=(
+            f"A `Session` of {arguments.n_tokens:,} tokens of prompt and {N_GENERATED} generated "
+            "ones is changed; the peer prefills what is left, by the same program, right after. "
+            f"{n_rounds} rounds."
+        ),
+    )
+    reason = program.unavailable()
+    if reason is None:
+        run(result, arguments, n_rounds)
+    else:
+        result.notes.append(f"Not measured: {reason}.")
+    measure.finish(result, arguments.json)
+
+
+def run(result: Result, arguments: argparse.Namespace, n_rounds: int) -> None:
+    """Measure each change in turn."""
+    from runtime_adapter import Model, Session
+
     packaged = files("runtime_adapter") / "demo" / "tiny-llama.pte"
     with (
         as_file(packaged) as demo,
         Model.open(arguments.model or demo) as model,
-        tempfile.TemporaryDirectory() as folder,
+        TemporaryDirectory() as folder,
         kvstore.open(Path(folder) / "sessions.db") as store,
     ):
         n = arguments.n_tokens
@@ -52,11 +84,10 @@ def main() -> None:
             ),
             "strike 10 tokens in the middle": lambda session: session.strike(n // 2, n // 2 + 10),
         }
-        print(f"{n} tokens of prompt, {N_GENERATED} generated; medians of {N_REPEATS}")
-        print(f"{'change':36} {'ms':>8} {'computed':>9} {'prefill ms':>11} {'ratio':>7}")
+        table = result.table(f"{n:,} tokens of prompt, {N_GENERATED} generated", *_COLUMNS)
         for name, change in changes.items():
             took, prefill, computed = [], [], 0
-            for _ in range(N_REPEATS):
+            for _ in range(n_rounds):
                 session = Session(model, store)
                 session.append(words)
                 list(session.generate(N_GENERATED))
@@ -64,18 +95,14 @@ def main() -> None:
                     session.fork().strike(1, 2)  # the rotation is measured once a model
                     session.append(words[:1])
                 began = time.perf_counter()
-                result = change(session)
+                changed = change(session)
                 took.append(time.perf_counter() - began)
-                computed = getattr(result, "n_computed_tokens", 0)
+                computed = getattr(changed, "n_computed_tokens", 0)
                 left = session.tokens
                 model.cache.truncate(0)
-                began = time.perf_counter()
-                model.forward(left, start=0)
-                prefill.append(time.perf_counter() - began)
-            mine, peer = statistics.median(took), statistics.median(prefill)
-            print(
-                f"{name:36} {mine * 1e3:8.1f} {computed:9} {peer * 1e3:11.1f} {peer / mine:6.1f}x"
-            )
+                prefill.append(timed(lambda left=left: model.forward(left, start=0)))
+            mine, peer = spread(took), spread(prefill)
+            table.add(what=name, seconds=mine, computed=computed, prefill=peer, ratio=peer / mine)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "bench"
 """What is made once and kept: exported programs, models, results."""
+
+DASH = "\u2013"
 
 N_CPUS = 2
 """Benchmarks are confined to so many processors where the system can do that."""
@@ -180,7 +181,7 @@ class Result:
 def shown(cell: Any, unit: str) -> str:
     """A cell as text, in the column's unit, with its spread if it has one."""
     if cell is None:
-        return "–"
+        return DASH
     if isinstance(cell, str):
         return cell
     if isinstance(cell, Mapping):
@@ -188,7 +189,7 @@ def shown(cell: Any, unit: str) -> str:
     if isinstance(cell, Spread):
         return (
             f"{_number(cell.median, unit)} "
-            f"({_number(cell.low, unit, bare=True)}–{_number(cell.high, unit, bare=True)})"
+            f"({_number(cell.low, unit, bare=True)}{DASH}{_number(cell.high, unit, bare=True)})"
         )
     return _number(cell, unit)
 
@@ -216,6 +217,12 @@ def confine(n_cpus: int = N_CPUS) -> None:
     """Keep this process, and the threads it will start, on ``n_cpus`` processors."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:n_cpus])
+
+
+def scratch() -> Path:
+    """A folder on the disk for what a benchmark writes, beside what is kept."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return CACHE
 
 
 def finish(result: Result, path: Path | None) -> None:
@@ -287,13 +294,3 @@ def written_nbytes() -> int | None:
     except OSError:
         return None
     return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))
-
-
-def child(script: Path, arguments: Sequence[str], **environment: str) -> int:
-    """Run another script of this folder with this interpreter; its exit code."""
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        env={**os.environ, **environment},
-        check=False,
-    )
-    return done.returncode

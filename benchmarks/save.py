@@ -9,7 +9,8 @@ does that by itself; the peers' files are synced here and renamed into place. Ne
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from tempfile import TemporaryDirectory
 import measure
 import peers
 from contest import SHAPE, codec_names, content
-from measure import CACHE, Column, Plot, Result, Table, spread, timed
+from measure import Column, Plot, Result, Table, spread, timed
 from synthetic import SyntheticCache, llama_1b_layout, random_ids, trained_values
 
 import kvstore
@@ -39,6 +40,12 @@ class Cost:
 
     seconds: list[float] = field(default_factory=list)
     nbytes: list[float] = field(default_factory=list)
+
+    def add(self, seconds: float, nbytes: int | None) -> None:
+        """One turn more."""
+        self.seconds.append(seconds)
+        if nbytes is not None:
+            self.nbytes.append(nbytes)
 
 
 def main() -> None:
@@ -96,60 +103,83 @@ def one_dtype(
     ids = random_ids(capacity)
     costs: dict[tuple[str, int], Cost] = {}
     absent = {name: peers.not_installed(name) for name in peers.NAMES}
+    llama = None
+    if absent[peers.LLAMA] is None:
+        llama = peers.LlamaCpp(
+            n_tokens=max(lengths), dtype=dtype, spare_n_tokens=n_turns * turn_n_tokens
+        )
     table = result.table(
         f"{dtype}, {layout.token_nbytes / 1024:.0f} KiB a token, "
         f"{turn_n_tokens} tokens a turn ({turn_n_tokens * layout.token_nbytes / 1e6:.2f} MB)",
         *_COLUMNS,
     )
-    for length in lengths:
-        with TemporaryDirectory(dir=CACHE) as name:
-            folder = Path(name)
-            stores = {
-                f"kvstore {codec}": kvstore.open(folder / f"{index}.db", codec=codec)
-                for index, codec in enumerate(codecs)
-            }
-            cache.truncate(0)
-            cache.extend(ids[:length])
-            for store in stores.values():
-                store.save_session(cache, cache.tokens, name="chat")
-            llama = None
-            if absent[peers.LLAMA] is None:
-                llama = peers.LlamaCpp(n_tokens=length, dtype=dtype)
-                llama.save(folder / "llama")
-            for turn in range(n_turns):
-                start = length + turn * turn_n_tokens
-                cache.extend(ids[start : start + turn_n_tokens])
-                saves: dict[str, Callable[[], object]] = {
-                    who: _saving(store, cache) for who, store in stores.items()
-                }
-                if llama is not None:
-                    if llama.n_tokens + turn_n_tokens > length + 512:
-                        llama.truncate(length)
-                    llama.extend(turn_n_tokens)
-                    saves[peers.LLAMA] = _writing(llama, folder / "llama")
-                for who in peers.NAMES[1:]:
-                    if absent[who] is None:
-                        peer = peers.make(who, cache, n_tokens=len(cache.tokens), dtype=dtype)
-                        saves[who] = _writing(peer, folder / f"whole-{peers.NAMES.index(who)}")
-                order = list(saves)
-                turned = turn % len(order)
-                for who in order[turned:] + order[:turned]:
-                    before = measure.written_nbytes()
-                    seconds = timed(saves[who])
-                    after = measure.written_nbytes()
-                    cost = costs.setdefault((who, length), Cost())
-                    cost.seconds.append(seconds)
-                    if before is not None and after is not None:
-                        cost.nbytes.append(after - before)
-            for store in stores.values():
-                store.close()
-            if llama is not None:
-                llama.close()
+    for length in sorted(
+        lengths, reverse=True
+    ):  # longest first: going back costs llama.cpp nothing
+        cache.truncate(0)
+        cache.extend(ids[:length])
+        if llama is not None:
+            llama.truncate(length)
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory(dir=measure.scratch())))
+            savers = durable_savers(stack, folder, cache, llama, codecs=codecs, dtype=dtype)
+            for turn in range(-1, n_turns):  # the first one saves what was there before
+                if turn >= 0:
+                    start = length + turn * turn_n_tokens
+                    cache.extend(ids[start : start + turn_n_tokens])
+                    if llama is not None:
+                        llama.extend(turn_n_tokens)
+                for who, seconds, nbytes in one_turn(savers, first=turn):
+                    if turn >= 0:
+                        costs.setdefault((who, length), Cost()).add(seconds, nbytes)
         rows(table, costs, length)
+    if llama is not None:
+        llama.close()
     for who, reason in absent.items():
-        if reason is not None:
-            result.notes.append(f"{who}: {reason}.")
+        note = f"{who}: {reason}."
+        if reason is not None and note not in result.notes:
+            result.notes.append(note)
     return costs
+
+
+def durable_savers(
+    stack: ExitStack,
+    folder: Path,
+    cache: SyntheticCache,
+    llama: peers.LlamaCpp | None,
+    *,
+    codecs: list[str],
+    dtype: str,
+) -> dict[str, Callable[[], Callable[[], object]]]:
+    """By contender, what prepares a durable save of what the cache holds at that moment."""
+    savers: dict[str, Callable[[], Callable[[], object]]] = {}
+    for index, name in enumerate(codecs):
+        store = stack.enter_context(kvstore.open(folder / f"{index}.db", codec=name))
+        savers[f"kvstore {name}"] = lambda store=store: _saving(store, cache)
+    for index, who in enumerate(peers.NAMES):
+        path = folder / f"whole-{index}"
+        if who == peers.LLAMA:
+            if llama is not None:
+                savers[who] = lambda path=path: _writing(llama, path)
+        elif peers.not_installed(who) is None:
+            savers[who] = lambda who=who, path=path: _writing(
+                peers.make(who, cache, n_tokens=len(cache.tokens), dtype=dtype), path
+            )
+    return savers
+
+
+def one_turn(
+    savers: dict[str, Callable[[], Callable[[], object]]], *, first: int
+) -> Iterator[tuple[str, float, int | None]]:
+    """Each contender saves; its seconds, and the bytes that it wrote."""
+    names = list(savers)
+    first %= len(names)
+    for who in names[first:] + names[:first]:
+        save = savers[who]()
+        before = measure.written_nbytes()
+        seconds = timed(save)
+        after = measure.written_nbytes()
+        yield who, seconds, None if before is None or after is None else after - before
 
 
 def rows(table: Table, costs: dict[tuple[str, int], Cost], length: int) -> None:
