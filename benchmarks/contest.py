@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from synthetic import SyntheticCache, llama_1b_layout, random_ids, trained_value
 
 import kvstore
 from kvstore import codec
+from kvstore.errors import InputError
 
 SHAPE = "Llama-3.2-1B's shape (16 layers, 8 KV heads of 64)"
 
@@ -31,25 +33,47 @@ class Contest:
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def codec_names(arguments: Sequence[str] | None) -> list[str]:
-    """The codecs to measure: those that were asked for, or all that this version offers."""
-    return list(arguments or codec.NAMES)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of scripts that compare kvstore's codecs with the peers."""
+    add_codecs(parser)
+    parser.add_argument("--peers", nargs="*", default=peers.NAMES, choices=peers.NAMES)
+    parser.add_argument(
+        "--normal",
+        action="store_true",
+        help="fill the caches with normally distributed numbers, not with a trained model's",
+    )
 
 
-def content() -> str:
-    """What the caches are filled with, in words."""
-    if trained_values() is None:
-        return "normally distributed numbers (ExecuTorch is not installed)"
-    return "the demo model's trained K and V, none twice within a chunk"
+def add_codecs(parser: argparse.ArgumentParser) -> None:
+    """The option that names codecs."""
+    parser.add_argument(
+        "--codecs",
+        nargs="+",
+        default=list(codec.NAMES),
+        help="names for kvstore.open(codec=...); all that there are by default",
+    )
+
+
+def content(arguments: argparse.Namespace) -> tuple[np.ndarray | None, str]:
+    """What the caches are to be filled with: values (None: normal ones), and in words."""
+    values = None if arguments.normal else trained_values()
+    if values is not None:
+        return values, "the demo model's trained K and V, none twice within a chunk"
+    return None, "normally distributed numbers"
 
 
 @contextmanager
 def contest(
-    dtype: str, *, n_tokens: int, codecs: Sequence[str], peer_names: Sequence[str] = peers.NAMES
+    dtype: str,
+    *,
+    n_tokens: int,
+    codecs: Sequence[str],
+    peer_names: Sequence[str],
+    values: np.ndarray | None,
 ) -> Iterator[Contest]:
     """One cache, saved by every codec and peer; files are in the page cache."""
     layout = llama_1b_layout(capacity_n_tokens=n_tokens, dtype=dtype)
-    cache, ids = SyntheticCache(layout, values=trained_values()), random_ids(n_tokens)
+    cache, ids = SyntheticCache(layout, values=values), random_ids(n_tokens)
     cache.extend(ids)
     target = SyntheticCache(layout)  # filled: none of its pages is new
     with ExitStack() as stack:
@@ -59,7 +83,7 @@ def contest(
             label = f"kvstore {name}"
             try:
                 store = stack.enter_context(kvstore.open(folder / f"{_slug(name)}.db", codec=name))
-            except kvstore.InputError as error:
+            except InputError as error:
                 found.absent[label] = f"not offered: {error}"
                 continue
             saved = store.save_session(cache, ids)

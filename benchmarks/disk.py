@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 
+import contest
 import measure
 import peers
 import throttle
-from contest import SHAPE, codec_names, content, contest
 from measure import Column, Contender, Plot, Result, Table, interleaved
 
 _COLUMNS = (
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--n-tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--rates", nargs="+", type=float, help="GB/s")
-    parser.add_argument("--codecs", nargs="+")
+    contest.add_options(parser)
     parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float32"))
     arguments = parser.parse_args()
     reason = throttle.unavailable()
@@ -40,15 +40,16 @@ def main() -> None:
     n_rounds = arguments.rounds or (3 if arguments.quick else 7)
     rates = arguments.rates or ([1.5] if arguments.quick else [0.5, 1.0, 1.5, 3.0])
     measure.confine()
+    values, content = contest.content(arguments)
     result = Result(
         name="disk",
         question="Which restore is faster when storage is the bottleneck?",
         method=(
-            f"SIMULATED storage: the files ({arguments.n_tokens:,} tokens of {SHAPE}, filled with "
-            f"{content()}) lie in the page cache, and every read call of the process, whoever makes "
-            "it, ends no sooner than a disk of that rate would have delivered its bytes, with "
-            f"{throttle.READAHEAD_NBYTES // 1024} KiB of readahead. Seeks, queues and the "
-            f"processor time of a real disk are left out. {n_rounds} interleaved rounds."
+            f"SIMULATED storage: the files ({arguments.n_tokens:,} tokens of {contest.SHAPE}, "
+            f"filled with {content}) lie in the page cache, and every read call of the process, "
+            "whoever makes it, ends no sooner than a disk of that rate would have delivered its "
+            f"bytes, with {throttle.READAHEAD_NBYTES // 1024} KiB of readahead. Seeks, queues and "
+            f"a real disk's processor time are left out. {n_rounds} interleaved rounds."
         ),
     )
     if reason is not None:
@@ -56,11 +57,12 @@ def main() -> None:
         rates = []
     ratios: dict[tuple[str, float, str], float] = {}
     for dtype in arguments.dtypes:
-        with contest(
+        with contest.contest(
             dtype,
             n_tokens=arguments.n_tokens,
-            codecs=codec_names(arguments.codecs),
-            peer_names=_PEERS if rates else (),
+            codecs=arguments.codecs,
+            peer_names=[name for name in _PEERS if name in arguments.peers] if rates else [],
+            values=values,
         ) as held:
             del held.contenders["memcpy"]
             table = result.table(f"{dtype}, {held.raw_nbytes / 1e6:.0f} MB of K and V", *_COLUMNS)

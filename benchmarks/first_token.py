@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import measure
 import program
-from contest import codec_names
+from contest import add_codecs
 from measure import Column, Plot, Result, Spread, spread, timed
 
 import kvstore
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--codecs", nargs="+")
+    add_codecs(parser)
     arguments = parser.parse_args()
     measure.confine()
     result = Result(
@@ -79,7 +79,7 @@ def run(result: Result, arguments: argparse.Namespace) -> None:
         result.method += f"`{path.name}`, {kib:.0f} KiB of K and V a token; {n_rounds} rounds."
         stores = {
             f"kvstore {name}": kvstore.open(Path(folder) / f"{index}.db", codec=name)
-            for index, name in enumerate(codec_names(arguments.codecs))
+            for index, name in enumerate(arguments.codecs)
         }
         table = result.table(f"{path.stem}, two processors", *_COLUMNS)
         generator = random.Random(0)  # not for security

@@ -82,16 +82,21 @@ def filled(sessions: list[list[int]]) -> Path:
     print(f"saving {len(sessions):,} sessions, once; this takes a minute or so", flush=True)
     partial = target.with_suffix(".partial")
     partial.unlink(missing_ok=True)
+    fill(sessions, partial).replace(target)
+    return target
+
+
+def fill(sessions: list[list[int]], path: Path) -> Path:
+    """Save all sessions, and the long one, into a new store at ``path``."""
     cache = SyntheticCache(tiny_layout(capacity_n_tokens=_SESSION_N_TOKENS))
-    with kvstore.open(partial) as store:
+    with kvstore.open(path) as store:
         for index, tokens in enumerate(sessions):
             cache.truncate(0)
             cache.extend(tokens)
             store.save_session(cache, tokens, name=f"chat-{index}")
         long = _long_cache()
         store.save_session(long, long.tokens, name="long")
-    partial.replace(target)
-    return target
+    return path
 
 
 def measure_all(path: Path, sessions: list[list[int]], n_rounds: int) -> dict[str, measure.Spread]:

@@ -76,6 +76,10 @@ class _Arrays:
         # Written once, so that no page is new when it is first restored into.
         self.targets = [np.ones_like(source) for source in self.sources]
 
+    def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Bytes that were saved, and that were restored, tensor by tensor."""
+        return list(zip(self.sources, self.targets, strict=True))
+
     def close(self) -> None:
         """Let go of the memory."""
         self.sources, self.targets = [], []
@@ -131,7 +135,7 @@ class TorchSave(_Arrays):
 
         tensors = torch.load(path, weights_only=True)
         for name, target in zip(self.names, self.targets, strict=True):
-            torch.from_numpy(target).copy_(tensors[name])
+            np.copyto(target, tensors[name].numpy())
 
 
 class MlxLm:
@@ -143,7 +147,8 @@ class MlxLm:
 
         mx.set_default_device(mx.cpu)
         self._mx = mx
-        self._caches = []
+        self._caches: list[Any] = []
+        self._restored: list[Any] = []
         specs = cache.layout.tensors
         for layer in range(len(specs) // 2):
             k, v = (
@@ -171,12 +176,23 @@ class MlxLm:
         named = path.with_suffix(".safetensors")
         named.unlink(missing_ok=True)
         os.link(path, named)  # it goes by the file's name
-        caches = load_prompt_cache(str(named))
-        self._mx.eval([(one.keys, one.values) for one in caches])
+        self._restored = load_prompt_cache(str(named))
+        self._mx.eval([(one.keys, one.values) for one in self._restored])
+
+    def pairs(self) -> list[tuple[bytes, bytes]]:
+        """Bytes that were saved, and that were restored, tensor by tensor."""
+        return [
+            (
+                bytes(memoryview(one.view(self._mx.uint8))),
+                bytes(memoryview(two.view(self._mx.uint8))),
+            )
+            for saved, restored in zip(self._caches, self._restored, strict=True)
+            for one, two in ((saved.keys, restored.keys), (saved.values, restored.values))
+        ]
 
     def close(self) -> None:
         """Let go of the arrays."""
-        self._caches = []
+        self._caches, self._restored = [], []
 
     def _array(self, memory: np.ndarray, shape: Sequence[int], *, n_tokens: int, dtype: str) -> Any:
         """``[1, H, S, D]``, as mlx-lm keeps it."""

@@ -8,9 +8,10 @@ the page cache. kvstore verifies every checksum; no peer has any. Needs no Execu
 
 from __future__ import annotations
 
+import contest
 import measure
+import numpy as np
 import peers
-from contest import SHAPE, codec_names, content, contest
 from measure import Column, Plot, Result, interleaved
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -29,19 +30,20 @@ def main() -> None:
     parser = measure.arguments_parser(__doc__)
     parser.add_argument("--n-tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--codecs", nargs="+", help="names for kvstore.open(codec=...)")
+    contest.add_options(parser)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     arguments = parser.parse_args()
     n_rounds = arguments.rounds or (5 if arguments.quick else 15)
     measure.confine()
+    values, content = contest.content(arguments)
     result = Result(
         name="restore",
         question="How fast does a stored cache come back?",
         method=(
-            f"{arguments.n_tokens:,} tokens of {SHAPE}, filled with {content()}; files in the page "
-            "cache; kvstore verifies a checksum of every byte and works in two threads, no peer "
-            f"verifies anything, and each works in one. {n_rounds} interleaved rounds. llama.cpp's "
-            "16-bit cache is f16."
+            f"{arguments.n_tokens:,} tokens of {contest.SHAPE}, filled with {content}; files in "
+            "the page cache. kvstore verifies a checksum of every byte and works in two threads; "
+            "no peer verifies anything, and each works in one. llama.cpp's 16-bit cache is f16. "
+            f"{n_rounds} interleaved rounds."
         ),
     )
     ratios: dict[tuple[str, str], float] = {}
@@ -50,7 +52,9 @@ def main() -> None:
             result,
             dtype,
             n_tokens=arguments.n_tokens,
-            codecs=codec_names(arguments.codecs),
+            codecs=arguments.codecs,
+            peer_names=arguments.peers,
+            values=values,
             n_rounds=n_rounds,
             ratios=ratios,
         )
@@ -78,11 +82,15 @@ def one_dtype(
     *,
     n_tokens: int,
     codecs: list[str],
+    peer_names: list[str],
+    values: np.ndarray | None,
     n_rounds: int,
     ratios: dict[tuple[str, str], float],
 ) -> None:
     """Restore by everyone, by turns; fills ``ratios`` by dtype and contender."""
-    with contest(dtype, n_tokens=n_tokens, codecs=codecs) as held:
+    with contest.contest(
+        dtype, n_tokens=n_tokens, codecs=codecs, peer_names=peer_names, values=values
+    ) as held:
         took = interleaved(held.contenders, n_rounds=n_rounds, n_warmups=2)
         table = result.table(f"{dtype}, {held.raw_nbytes / 1e6:.0f} MB of K and V", *_COLUMNS)
         llama = took.get(peers.LLAMA)
@@ -96,7 +104,6 @@ def one_dtype(
                 seconds=seconds,
                 rate=seconds.per(held.raw_nbytes),
                 ratio=ratio,
-                note="",
             )
         for who, reason in held.absent.items():
             table.add(who=who, note=reason)

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import contest
 import measure
+import numpy as np
 import peers
-from contest import SHAPE, codec_names, content
 from measure import Column, Plot, Result, Table, spread, timed
-from synthetic import SyntheticCache, llama_1b_layout, random_ids, trained_values
+from synthetic import SyntheticCache, llama_1b_layout, random_ids
 
 import kvstore
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--turn-n-tokens", type=int, default=64)
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--turns", type=int, help="turns measured at each length")
-    parser.add_argument("--codecs", nargs="+")
+    contest.add_options(parser)
     parser.add_argument("--dtypes", nargs="+")
     arguments = parser.parse_args()
     n_turns = arguments.turns or (4 if arguments.quick else 12)
@@ -63,15 +64,17 @@ def main() -> None:
         ["bfloat16"] if arguments.quick else ["bfloat16", "float16", "float32"]
     )
     measure.confine()
+    values, content = contest.content(arguments)
     result = Result(
         name="save",
         question="What does saving one more turn cost as a conversation grows?",
         method=(
-            f"{SHAPE}, filled with {content()}. At each length {n_turns} turns of "
+            f"{contest.SHAPE}, filled with {content}. At each length {n_turns} turns of "
             f"{arguments.turn_n_tokens} tokens are added, and each is saved durably by everyone in "
             "turn. Bytes are those that the process hands to the system to write: for kvstore that "
             "is SQLite's log, and its copy into the file when a checkpoint comes. Peers write "
-            "their whole state into a new file, which is synced and renamed."
+            "their whole state into a new file, which is synced and renamed. Bytes are compared "
+            "by their sums over all turns."
         ),
     )
     for dtype in dtypes:
@@ -80,7 +83,9 @@ def main() -> None:
             turn_n_tokens=arguments.turn_n_tokens,
             lengths=lengths,
             n_turns=n_turns,
-            codecs=codec_names(arguments.codecs),
+            codecs=arguments.codecs,
+            peer_names=arguments.peers,
+            values=values,
             result=result,
         )
         judge(result, dtype, costs, lengths)
@@ -94,17 +99,20 @@ def one_dtype(
     lengths: list[int],
     n_turns: int,
     codecs: list[str],
+    peer_names: list[str],
+    values: np.ndarray | None,
     result: Result,
 ) -> dict[tuple[str, int], Cost]:
     """Costs by contender and length."""
     capacity = max(lengths) + n_turns * turn_n_tokens
     layout = llama_1b_layout(capacity_n_tokens=capacity, dtype=dtype)
-    cache = SyntheticCache(layout, values=trained_values())
+    cache = SyntheticCache(layout, values=values)
     ids = random_ids(capacity)
     costs: dict[tuple[str, int], Cost] = {}
-    absent = {name: peers.not_installed(name) for name in peers.NAMES}
+    absent = {name: peers.not_installed(name) for name in peer_names}
+    present = [name for name, reason in absent.items() if reason is None]
     llama = None
-    if absent[peers.LLAMA] is None:
+    if peers.LLAMA in present:
         llama = peers.LlamaCpp(
             n_tokens=max(lengths), dtype=dtype, spare_n_tokens=n_turns * turn_n_tokens
         )
@@ -122,7 +130,9 @@ def one_dtype(
             llama.truncate(length)
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory(dir=measure.scratch())))
-            savers = durable_savers(stack, folder, cache, llama, codecs=codecs, dtype=dtype)
+            savers = durable_savers(
+                stack, folder, cache, llama, codecs=codecs, peer_names=present, dtype=dtype
+            )
             for turn in range(-1, n_turns):  # the first one saves what was there before
                 if turn >= 0:
                     start = length + turn * turn_n_tokens
@@ -149,6 +159,7 @@ def durable_savers(
     llama: peers.LlamaCpp | None,
     *,
     codecs: list[str],
+    peer_names: list[str],
     dtype: str,
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """By contender, what prepares a durable save of what the cache holds at that moment."""
@@ -156,12 +167,11 @@ def durable_savers(
     for index, name in enumerate(codecs):
         store = stack.enter_context(kvstore.open(folder / f"{index}.db", codec=name))
         savers[f"kvstore {name}"] = lambda store=store: _saving(store, cache)
-    for index, who in enumerate(peers.NAMES):
+    for index, who in enumerate(peer_names):
         path = folder / f"whole-{index}"
-        if who == peers.LLAMA:
-            if llama is not None:
-                savers[who] = lambda path=path: _writing(llama, path)
-        elif peers.not_installed(who) is None:
+        if who == peers.LLAMA and llama is not None:
+            savers[who] = lambda path=path: _writing(llama, path)
+        else:
             savers[who] = lambda who=who, path=path: _writing(
                 peers.make(who, cache, n_tokens=len(cache.tokens), dtype=dtype), path
             )
@@ -248,6 +258,7 @@ def judge(
                 ratio,
                 20.0,
             )
+    if dtype != "float32" and len(lengths) > 1:
         first, last = (spread(costs[store, length].seconds) for length in (lengths[0], lengths[-1]))
         growth = last / first
         result.target(
