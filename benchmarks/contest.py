@@ -29,7 +29,6 @@ class Contest:
     raw_nbytes: int
     contenders: dict[str, Contender] = field(default_factory=dict)
     file_nbytes: dict[str, int] = field(default_factory=dict)
-    save_seconds: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,6 +61,21 @@ def content(arguments: argparse.Namespace) -> tuple[np.ndarray | None, str]:
     return None, "normally distributed numbers"
 
 
+def open_stores(
+    stack: ExitStack, folder: Path, codecs: Sequence[str]
+) -> tuple[dict[str, kvstore.Store], dict[str, str]]:
+    """A new store for each codec, by "kvstore NAME"; and those not offered, with the reason."""
+    stores, absent = {}, {}
+    for name in codecs:
+        try:
+            store = kvstore.open(folder / f"{_slug(name)}.db", codec=name)
+        except InputError as error:
+            absent[f"kvstore {name}"] = f"not offered: {error}"
+        else:
+            stores[f"kvstore {name}"] = stack.enter_context(store)
+    return stores, absent
+
+
 @contextmanager
 def contest(
     dtype: str,
@@ -79,15 +93,10 @@ def contest(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=measure.scratch())))
         found = Contest(raw_nbytes=sum(memory.nbytes for memory in cache.memory))
-        for name in codecs:
-            label = f"kvstore {name}"
-            try:
-                store = stack.enter_context(kvstore.open(folder / f"{_slug(name)}.db", codec=name))
-            except InputError as error:
-                found.absent[label] = f"not offered: {error}"
-                continue
+        stores, found.absent = open_stores(stack, folder, codecs)
+        for label, store in stores.items():
             saved = store.save_session(cache, ids)
-            found.file_nbytes[label], found.save_seconds[label] = saved.stored_nbytes, saved.seconds
+            found.file_nbytes[label] = saved.stored_nbytes
             found.contenders[label] = Contender(
                 run=_loading(store, target, ids), before=_emptying(target)
             )

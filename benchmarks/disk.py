@@ -13,7 +13,7 @@ import contest
 import measure
 import peers
 import throttle
-from measure import Column, Contender, Plot, Result, Table, interleaved
+from measure import Column, Plot, Result, Table, interleaved
 
 _COLUMNS = (
     Column("rate", "disk"),
@@ -21,6 +21,7 @@ _COLUMNS = (
     Column("read", "MB read", "MB"),
     Column("seconds", "ms", "ms"),
     Column("ratio", "llama.cpp / it", "x"),
+    Column("note", "note"),
 )
 _PEERS = (peers.LLAMA, "flat file")
 
@@ -66,15 +67,20 @@ def main() -> None:
         ) as held:
             del held.contenders["memcpy"]
             table = result.table(f"{dtype}, {held.raw_nbytes / 1e6:.0f} MB of K and V", *_COLUMNS)
+            result.notes += [
+                note
+                for note in (f"{who}: {reason}." for who, reason in held.absent.items())
+                if note not in result.notes
+            ]
             for rate in rates:
-                one_rate(table, held.contenders, rate, n_rounds, key=dtype, ratios=ratios)
+                one_rate(table, held, rate, n_rounds, key=dtype, ratios=ratios)
     judge(result, rates, ratios)
     measure.finish(result, arguments.json)
 
 
 def one_rate(
     table: Table,
-    contenders: dict[str, Contender],
+    held: contest.Contest,
     rate: float,
     n_rounds: int,
     *,
@@ -84,19 +90,27 @@ def one_rate(
     """Restore by everyone, by turns, from a disk of ``rate`` GB/s."""
     read: dict[str, int] = {}
     with throttle.disk(rate * 1e9):
-        for who, contender in contenders.items():
+        for who, contender in held.contenders.items():
             if contender.before is not None:
                 contender.before()
             before = throttle.counted_nbytes()
             contender.run()
             read[who] = throttle.counted_nbytes() - before
-        took = interleaved(contenders, n_rounds=n_rounds, n_warmups=0)
+        took = interleaved(held.contenders, n_rounds=n_rounds, n_warmups=0)
     llama = took.get(peers.LLAMA)
     for who, seconds in took.items():
         ratio = llama / seconds if llama is not None and who != peers.LLAMA else None
-        if ratio is not None:
+        is_seen = read[who] >= 0.9 * held.file_nbytes[who]
+        if ratio is not None and is_seen:
             ratios[key, rate, who] = ratio
-        table.add(rate=f"{rate:g} GB/s", who=who, read=read[who], seconds=seconds, ratio=ratio)
+        table.add(
+            rate=f"{rate:g} GB/s",
+            who=who,
+            read=read[who],
+            seconds=seconds,
+            ratio=ratio,
+            note="" if is_seen else "NOT COMPARABLE: not all of its reads are seen",
+        )
 
 
 def judge(result: Result, rates: list[float], ratios: dict[tuple[str, float, str], float]) -> None:

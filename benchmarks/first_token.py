@@ -13,13 +13,14 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import measure
 import program
-from contest import add_codecs
+from contest import add_codecs, open_stores
 from measure import Column, Plot, Result, Spread, spread, timed
 
 import kvstore
@@ -74,13 +75,13 @@ def run(result: Result, arguments: argparse.Namespace) -> None:
     path = arguments.model or program.path()
     n_rounds = arguments.rounds or (1 if arguments.quick else 3)
     lengths = arguments.lengths or (QUICK_LENGTHS if arguments.quick else LENGTHS)
-    with Model.open(path) as model, TemporaryDirectory(dir=measure.scratch()) as folder:
+    with ExitStack() as stack:
+        model = stack.enter_context(Model.open(path))
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=measure.scratch())))
         kib = model.layout.token_nbytes / 1024
         result.method += f"`{path.name}`, {kib:.0f} KiB of K and V a token; {n_rounds} rounds."
-        stores = {
-            f"kvstore {name}": kvstore.open(Path(folder) / f"{index}.db", codec=name)
-            for index, name in enumerate(arguments.codecs)
-        }
+        stores, absent = open_stores(stack, folder, arguments.codecs)
+        result.notes += [f"{who}: {reason}." for who, reason in absent.items()]
         table = result.table(f"{path.stem}, two processors", *_COLUMNS)
         generator = random.Random(0)  # not for security
         prompt = [generator.randrange(model.vocab_size) for _ in range(max(lengths) + 1)]
@@ -111,8 +112,6 @@ def run(result: Result, arguments: argparse.Namespace) -> None:
                     share=ratio / ceiling,
                 )
             ratios.setdefault("ceiling", []).append((length, prefill / step))
-        for store in stores.values():
-            store.close()
     judge(result, ratios, shares, has_logits=bool(has_logits))
     result.plots.append(
         Plot(

@@ -164,9 +164,9 @@ def durable_savers(
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """By contender, what prepares a durable save of what the cache holds at that moment."""
     savers: dict[str, Callable[[], Callable[[], object]]] = {}
-    for index, name in enumerate(codecs):
-        store = stack.enter_context(kvstore.open(folder / f"{index}.db", codec=name))
-        savers[f"kvstore {name}"] = lambda store=store: _saving(store, cache)
+    stores, _ = contest.open_stores(stack, folder, codecs)
+    for who, store in stores.items():
+        savers[who] = lambda store=store: _saving(store, cache)
     for index, who in enumerate(peer_names):
         path = folder / f"whole-{index}"
         if who == peers.LLAMA and llama is not None:

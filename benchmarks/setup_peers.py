@@ -28,7 +28,8 @@ def main() -> None:
         **os.environ,
     }
     for requirement in extras["bench"]:
-        print(f"setup: installing the peer {requirement}", flush=True)
+        name = requirement.partition(";")[0]
+        print(f"setup: installing the peer {name}", flush=True)
         # torch is named again, so that no peer brings another one along.
         command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         done = subprocess.run(
@@ -40,7 +41,7 @@ def main() -> None:
         )
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            print(f"setup: {requirement} cannot be installed, and is left out: {last:.300}")
+            print(f"setup: {name} cannot be installed, and is left out: {last:.300}")
 
 
 if __name__ == "__main__":
