@@ -26,7 +26,7 @@ from measure import Column, Plot, Result, Spread, spread, timed
 import kvstore
 
 TARGET_LENGTH = 2000
-LENGTHS = (16, 32, 64, 128, 256, 512, 1024, TARGET_LENGTH, 4096)
+LENGTHS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, TARGET_LENGTH, 4096)
 QUICK_LENGTHS = (64, 512, TARGET_LENGTH)
 _COLUMNS = (
     Column("length", "tokens", "count"),
@@ -138,8 +138,9 @@ def one_length(
         found.setdefault(name, []).append(seconds)
 
     for round_index in range(n_rounds):
-        model.cache.truncate(0)
-        add("prefill", timed(lambda: model.forward(ids, start=0)))
+        for _ in range(5 if len(ids) <= 256 else 1):
+            model.cache.truncate(0)
+            add("prefill", timed(lambda: model.forward(ids, start=0)))
         if round_index == 0:
             for store in stores.values():
                 store.save_session(model.cache, ids)

@@ -227,8 +227,9 @@ def scratch() -> Path:
 
 def finish(result: Result, path: Path | None) -> None:
     """Print what was to be reached, and write the JSON."""
-    if result.targets:
-        print()
+    print()
+    for note in result.notes:
+        print(note)
     for target in result.targets:
         print(f"{verdict(target.is_met):12} {target.wanted}: {target.found}")
     if path is not None:
@@ -249,6 +250,7 @@ def machine() -> dict[str, str]:
         "processors used": str(_n_usable_cpus()),
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),
+        "load average at the end": f"{os.getloadavg()[0]:.1f}",
         "kvstore": _commit(),
         **{name: version(name) for name in names},
     }

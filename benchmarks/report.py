@@ -28,8 +28,9 @@ installs it, one by one: llama.cpp is compiled, which needs a C++ compiler and s
 that cannot be installed is reported as such. `make bench-docs` refreshes this page from the last
 run.
 
-Every number is a median of interleaved runs; in brackets the least and the greatest. Ratios are
-peer / kvstore: above 1, kvstore is better; below, it loses. What is *simulated* is called so.
+Every number is a median of interleaved runs; in brackets the least and the greatest. A ratio says
+how many times as long (or as many bytes) the peer takes as what stands in that row: above 1 the row
+wins, below 1 it loses. What is simulated is called so.
 """
 
 
