@@ -64,7 +64,7 @@ def content(arguments: argparse.Namespace) -> tuple[np.ndarray | None, str]:
 def open_stores(
     stack: ExitStack, folder: Path, codecs: Sequence[str]
 ) -> tuple[dict[str, kvstore.Store], dict[str, str]]:
-    """A new store for each codec, by "kvstore NAME"; and those not offered, with the reason."""
+    """A store for each codec, by "kvstore NAME"; and those not offered, with the reason."""
     stores, absent = {}, {}
     for name in codecs:
         try:
