@@ -17,6 +17,8 @@ from measure import CACHE, ROOT, shown, verdict
 
 ORDER = ("restore", "disk", "save", "first_token", "overhead", "restart", "edit")
 RESULTS = CACHE / "results"
+BUSY = 1.6
+"""Load a processor above which a run says that it was disturbed."""
 _HEAD = """# Benchmarks
 
 <!-- Written by benchmarks/report.py from the last run; edit that, not this. -->
@@ -63,6 +65,12 @@ def markdown(results: list[dict[str, Any]], images: dict[str, str]) -> str:
     parts = [_HEAD, "## What was to be reached\n", targets(results), "## Where\n"]
     machine = results[-1]["machine"]
     parts.append("\n".join(f"- {what}: {found}" for what, found in machine.items()) + "\n")
+    loads = [float(result["machine"].get("load average at the end", 0)) for result in results]
+    if max(loads) > BUSY * float(machine["processors used"]):
+        parts.append(
+            f"**This machine was busy with other work (load average up to {max(loads):.0f}): all "
+            "times are too long, and ratios between them uncertain.**\n"
+        )
     for result in results:
         parts += [f"## {result['question']}\n", f"`benchmarks/{result['name']}.py`. "]
         parts[-1] += result["method"].strip() + "\n"
