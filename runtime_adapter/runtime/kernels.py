@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,18 +65,14 @@ class TorchKernels:
         self, parts: tuple[memoryview, memoryview], grid: Grid, destination: memoryview, dtype: str
     ) -> None:
         """``code * scale``."""
-        scales = _tensor(parts[0], "bfloat16")
-        codes = _tensor(parts[1], "int8").view(grid.n_tokens, grid.n_channels)
-        target = _tensor(destination, dtype).view(codes.shape)
+        scales, codes = _tensor(parts[0], "bfloat16"), _tensor(parts[1], "int8")
+        room = _room(grid)
         with _one_thread():
-            scales = scales.float()
-            floats = target if dtype == "float32" else torch.empty(codes.shape)
-            floats.copy_(codes)
-            for part in grid.parts():
-                scale = scales[part.first : part.last].view(part.scales_shape)
-                floats[part.start : part.stop].view(part.shape).mul_(scale)
-            if floats is not target:
-                target.copy_(floats)
+            room.scales.copy_(scales)
+            room.floats.copy_(codes)
+            for floats, scale in room.scaled:
+                floats.mul_(scale)
+            _tensor(destination, dtype).copy_(room.floats)
 
     def quantize4(
         self, numbers: memoryview, dtype: str, grid: Grid
@@ -109,21 +106,59 @@ class TorchKernels:
         dtype: str,
     ) -> None:
         """``(code + zero) * scale``."""
-        half = grid.n_channels // 2
         scales, zeros = _tensor(parts[0], "bfloat16"), _tensor(parts[1], "int16")
-        packed = _tensor(parts[2], "uint8").view(grid.n_tokens, half)
-        target = _tensor(destination, dtype).view(grid.n_tokens, grid.n_channels)
+        packed = _tensor(parts[2], "uint8")
+        room = _room(grid)
         with _one_thread():
-            scales, zeros = scales.float(), zeros.float()
-            floats = target if dtype == "float32" else torch.empty(target.shape)
-            floats[:, :half].copy_(packed & 15)
-            floats[:, half:].copy_(packed >> 4)
-            for part in grid.parts():
-                zero = zeros[part.first : part.last].view(part.scales_shape)
-                scale = scales[part.first : part.last].view(part.scales_shape)
-                floats[part.start : part.stop].view(part.shape).add_(zero).mul_(scale)
-            if floats is not target:
-                target.copy_(floats)
+            room.scales.copy_(scales)
+            room.zeros.copy_(zeros)
+            for half, code in zip(room.halves, (packed & 15, packed >> 4), strict=True):
+                half.copy_(code.view(half.shape))
+            for (floats, scale), (_, zero) in zip(room.scaled, room.shifted, strict=True):
+                floats.add_(zero).mul_(scale)
+            _tensor(destination, dtype).copy_(room.floats)
+
+
+class _Room:
+    """Memory of one thread for the blobs of one grid, seen in every way that decoding needs.
+
+    Made once and used again and again: each view that torch makes, and each operation, lets go of
+    the interpreter's lock and takes it back, which costs more than the arithmetic of a small blob.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        n_channels = grid.n_channels
+        numbers = torch.empty((grid.n_tokens, n_channels))
+        self.grid = grid
+        self.floats = numbers.view(-1)
+        self.scales = torch.empty(grid.n_groups)
+        self.zeros = torch.empty(grid.n_groups)
+        self.halves = (numbers[:, : n_channels // 2], numbers[:, n_channels // 2 :])
+        self.scaled = self._parts(numbers, self.scales)
+        self.shifted = self._parts(numbers, self.zeros)
+
+    def _parts(
+        self, numbers: torch.Tensor, of_groups: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Numbers, and what their groups have, part by part in shapes that go together."""
+        return [
+            (
+                numbers[part.start : part.stop].view(part.shape),
+                of_groups[part.first : part.last].view(part.scales_shape),
+            )
+            for part in self.grid.parts()
+        ]
+
+
+_per_thread = threading.local()
+
+
+def _room(grid: Grid) -> _Room:
+    """This thread's memory for blobs of that grid; one grid's at a time."""
+    room: _Room | None = getattr(_per_thread, "room", None)
+    if room is None or room.grid != grid:
+        room = _per_thread.room = _Room(grid)
+    return room
 
 
 def _tensor(data: memoryview, dtype: str) -> torch.Tensor:
@@ -157,7 +192,10 @@ def _one_thread() -> Iterator[None]:
     if openmp is None:
         yield
         return
-    n_threads = torch.get_num_threads()  # also lets torch set its own number first
+    if not hasattr(_per_thread, "is_set_up"):
+        torch.get_num_threads()  # torch sets its own number first, once in each thread
+        _per_thread.is_set_up = True
+    n_threads = openmp.omp_get_max_threads()
     openmp.omp_set_num_threads(1)
     try:
         yield
@@ -166,12 +204,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @functools.cache
-def _openmp() -> ctypes.CDLL | None:
+def _openmp() -> ctypes.PyDLL | None:
     """The OpenMP runtime that torch has loaded, if it is one that we know."""
     folder = Path(torch.__file__).parent / "lib"
     for path in sorted(folder.glob("lib*omp*")):
         with suppress(OSError, AttributeError):
-            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-            library.omp_set_num_threads  # noqa: B018  # AttributeError if it has none
+            # Not CDLL: that lets go of the interpreter's lock for each of these short calls.
+            library = ctypes.PyDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            library.omp_set_num_threads, library.omp_get_max_threads  # noqa: B018  # has them?
             return library
     return None
