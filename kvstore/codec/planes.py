@@ -25,7 +25,7 @@ ITEMSIZES_NBYTES = (2, 4, 8)
 _PLANE = struct.Struct("<BI")
 _RAW, _ZSTD = 0, 1
 
-_SAMPLE_NBYTES = 16 << 10
+_SAMPLE_NBYTES = 4 << 10
 """A plane whose first bytes do not get shorter is stored as it is, without trying the rest."""
 
 _MIN_GAIN = 20

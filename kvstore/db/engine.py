@@ -86,6 +86,9 @@ def connector(
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("PRAGMA synchronous = FULL")
+            # Some builds of SQLite overwrite what they delete: a save that replaces a tail would
+            # write it once more, and again at the checkpoint.
+            connection.execute("PRAGMA secure_delete = FAST").fetchall()
             # Said also when it is 0: SQLite may have been built with another default.
             connection.execute(f"PRAGMA mmap_size = {mmap_nbytes}")
             if views:
