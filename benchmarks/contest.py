@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+import importlib.util
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,18 +63,32 @@ def content(arguments: argparse.Namespace) -> tuple[np.ndarray | None, str]:
 
 
 def open_stores(
-    stack: ExitStack, folder: Path, codecs: Sequence[str]
+    stack: ExitStack, folder: Path, codecs: Sequence[str], *, mapped: Collection[str] = ()
 ) -> tuple[dict[str, kvstore.Store], dict[str, str]]:
-    """A store for each codec, by "kvstore NAME"; and those not offered, with the reason."""
+    """A store for each codec, by "kvstore NAME"; and those not offered, with the reason.
+
+    For the codecs in ``mapped`` one more, with ``mmap=True``.
+    """
+    _use_torch()
     stores, absent = {}, {}
     for name in codecs:
-        try:
-            store = kvstore.open(folder / f"{_slug(name)}.db", codec=name)
-        except InputError as error:
-            absent[f"kvstore {name}"] = f"not offered: {error}"
-        else:
-            stores[f"kvstore {name}"] = stack.enter_context(store)
+        for mmap in (False, True) if name in mapped else (False,):
+            who = f"kvstore {name}" + (", mapped" if mmap else "")
+            try:
+                store = kvstore.open(folder / f"{_slug(who)}.db", codec=name, mmap=mmap)
+            except InputError as error:
+                absent[who] = f"not offered: {error}"
+            else:
+                stores[who] = stack.enter_context(store)
     return stores, absent
+
+
+def _use_torch() -> None:
+    """What ``Model.open`` does: lossy codecs compute in torch, where it is installed."""
+    if importlib.util.find_spec("torch") is not None:
+        from runtime_adapter.runtime.kernels import TorchKernels
+
+        kvstore.use_kernels(TorchKernels())
 
 
 @contextmanager
@@ -84,6 +99,7 @@ def contest(
     codecs: Sequence[str],
     peer_names: Sequence[str],
     values: np.ndarray | None,
+    mapped: Collection[str] = (),
 ) -> Iterator[Contest]:
     """One cache, saved by every codec and peer; files are in the page cache."""
     layout = llama_1b_layout(capacity_n_tokens=n_tokens, dtype=dtype)
@@ -93,7 +109,7 @@ def contest(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=measure.scratch())))
         found = Contest(raw_nbytes=sum(memory.nbytes for memory in cache.memory))
-        stores, found.absent = open_stores(stack, folder, codecs)
+        stores, found.absent = open_stores(stack, folder, codecs, mapped=mapped)
         for label, store in stores.items():
             saved = store.save_session(cache, ids)
             found.file_nbytes[label] = saved.stored_nbytes

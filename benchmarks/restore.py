@@ -41,7 +41,8 @@ def main() -> None:
         question="How fast does a stored cache come back?",
         method=(
             f"{arguments.n_tokens:,} tokens of {contest.SHAPE}, filled with {content}; files in "
-            "the page cache. kvstore verifies a checksum of every byte and works in two threads; "
+            "the page cache. kvstore verifies a checksum of every byte and works in two threads "
+            "(*mapped*: with `mmap=True`; lossy codecs compute in torch); "
             "no peer verifies anything, and each works in one. llama.cpp's 16-bit cache is f16. "
             f"{n_rounds} interleaved rounds."
         ),
@@ -89,7 +90,12 @@ def one_dtype(
 ) -> None:
     """Restore by everyone, by turns; fills ``ratios`` by dtype and contender."""
     with contest.contest(
-        dtype, n_tokens=n_tokens, codecs=codecs, peer_names=peer_names, values=values
+        dtype,
+        n_tokens=n_tokens,
+        codecs=codecs,
+        peer_names=peer_names,
+        values=values,
+        mapped=("exact", "raw"),
     ) as held:
         took = interleaved(held.contenders, n_rounds=n_rounds, n_warmups=2)
         table = result.table(f"{dtype}, {held.raw_nbytes / 1e6:.0f} MB of K and V", *_COLUMNS)

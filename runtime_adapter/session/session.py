@@ -63,9 +63,10 @@ class Session:
 
         With ``autosave``, what is computed is stored behind it, by a thread, whenever a chunk is
         complete: a killed process loses the unfinished chunk, and the one before it only if that
-        was completed by the very last piece. With ``store_logits``, the logits at
-        the starts of the last turns are saved too, so that ``regenerate`` after a restart
-        computes nothing. ``metadata`` is the application's own, saved with the session.
+        was completed by the very last piece. With ``store_logits``, the logits at the starts of
+        the last turns and behind an unanswered prompt are saved too, so that ``regenerate`` or
+        ``generate`` after a restart begin without a step. ``metadata`` is the application's own,
+        saved with the session.
 
         A stored conversation of another model keeps its ids and gets new keys and values.
 
@@ -587,11 +588,15 @@ class Session:
 
     def _metadata(self, n_cached_tokens: int) -> dict[str, Any]:
         """What a save of the first ``n_cached_tokens`` says beside them."""
+        conversation = self._conversation
+        logits = dict(conversation.logits) if self._store_logits else {}
+        last = self._follower.logits if self._store_logits else None
+        # Behind a turn of the model's own nobody asks what comes next.
+        is_prompt = not conversation.turns or conversation.turns[-1][1] < self.n_tokens
+        if last is not None and is_prompt:
+            logits[self.n_tokens] = last
         state = pack_state(
-            self._conversation,
-            self.sampler,
-            n_stored_tokens=n_cached_tokens,
-            with_logits=self._store_logits,
+            conversation, self.sampler, n_stored_tokens=n_cached_tokens, logits=logits
         )
         return {**self.metadata, STATE_KEY: state}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from runtime_adapter.session.conversation import Conversation
 from runtime_adapter.session.cuts import Cuts
 from runtime_adapter.session.sampler import Sampler
 
+if TYPE_CHECKING:
+    import torch
+
 STATE_KEY = "runtime_adapter.session"
 """The key in a stored session's metadata; the application's own keys lie beside it."""
 
@@ -21,19 +24,23 @@ _MAX_LOGITS_NBYTES = 768 << 10  # of the 1 MiB that a session's metadata may tak
 
 
 def pack_state(
-    conversation: Conversation, sampler: Sampler, *, n_stored_tokens: int, with_logits: bool
+    conversation: Conversation,
+    sampler: Sampler,
+    *,
+    n_stored_tokens: int,
+    logits: Mapping[int, torch.Tensor],
 ) -> dict[str, Any]:
     """All but the first ``n_stored_tokens`` ids, as plain types; the newest logits that fit."""
     cuts = conversation.cuts.copy()
     cuts.forget_after(n_stored_tokens)
-    logits: dict[str, bytes] = {}
-    left_nbytes = _MAX_LOGITS_NBYTES if with_logits else 0
-    for position in sorted(conversation.logits, reverse=True):
-        raw = conversation.logits[position].numpy().astype("<f4").tobytes()
+    stored: dict[str, bytes] = {}
+    left_nbytes = _MAX_LOGITS_NBYTES
+    for position in sorted(logits, reverse=True):
+        raw = logits[position].numpy().astype("<f4").tobytes()
         left_nbytes -= len(raw)
         if left_nbytes < 0:
             break
-        logits[str(position)] = raw
+        stored[str(position)] = raw
     return {
         "version": _VERSION,
         "pending": conversation.tokens[n_stored_tokens:],
@@ -41,7 +48,7 @@ def pack_state(
         "edits": [[edit.start, edit.digest] for edit in conversation.edits],
         "turns": [list(turn) for turn in conversation.turns],
         "sampler": sampler.to_metadata(),
-        "logits": logits,
+        "logits": stored,
     }
 
 

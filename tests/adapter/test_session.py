@@ -585,3 +585,25 @@ def test_a_conversation_with_a_lossy_codec_goes_on_and_says_so(name, tmp_path, r
         with Session(model, store, name="chat") as session:
             assert session.resumed.n_restored_tokens >= info.n_tokens - 1
         assert store.verify().ok
+
+
+@pytest.mark.parametrize("store_logits", [False, True])
+def test_behind_a_stored_prompt_the_first_token_takes_no_step(store, store_logits, monkeypatch):
+    with Model.open(programs.path("stock_fp32")) as model:
+        with Session(model, store, "chat", store_logits=store_logits) as session:
+            session.append(WORDS[:40])
+            expected = session.logits
+            session.save()
+        computed = []
+        model.cache.truncate(0)
+        with Session(model, store, "chat", store_logits=store_logits) as session:
+            compute = Model._compute
+            monkeypatch.setattr(
+                Model,
+                "_compute",
+                lambda one, piece: computed.append(len(piece)) or compute(one, piece),
+            )
+            logits = session.logits
+            next(session.generate(1))
+        assert (sum(computed) == 0) == store_logits
+        assert torch.equal(logits, expected)

@@ -19,7 +19,7 @@ EDITS = (Edit(3, bytes(32)), Edit(5, b""))
 
 
 def packed(conversation, *, n_stored_tokens):
-    state = pack_state(conversation, Sampler(), n_stored_tokens=n_stored_tokens, with_logits=False)
+    state = pack_state(conversation, Sampler(), n_stored_tokens=n_stored_tokens, logits={})
     return {"mine": 1, STATE_KEY: state}
 
 
