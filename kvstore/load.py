@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from kvstore.codec import EXACT
 from kvstore.db import engine as db
 from kvstore.db import models, sessions
+from kvstore.db.models import SpaceRow
 from kvstore.db.schema import Database
 from kvstore.db.sessions import Revision
 from kvstore.db.vendor import vendor_errors
@@ -28,7 +29,7 @@ from kvstore.kinds import kind_of
 from kvstore.layout import LiveCache
 from kvstore.lineage import Lineage, before
 from kvstore.load_plan import LoadPlan, plan_load
-from kvstore.lossy import adapter_of, mark_of, unmarked
+from kvstore.lossy import adapter_of, unmarked
 from kvstore.restore import Crew, Restore
 from kvstore.tokens import TokenIds, common_prefix_n_tokens
 
@@ -78,8 +79,8 @@ class LoadResult:
     were live already; only the others were read. ``tokens`` and ``metadata``
     are the session's own after a load by name. ``session`` names a session
     whose chunks served (None for unnamed saves), ``chunks`` their keys in hex.
-    ``codec`` is ``"exact"``, or the lossy codec that some of the tokens went through, now or
-    before; ``edits`` has a mark where that begins.
+    ``codec`` is ``"exact"``, or the lossy codec of the key space that served; then ``edits`` has a
+    mark where what went through it begins (and keeps it where such a cache is saved exactly).
     ``raw_nbytes`` were restored from ``stored_nbytes`` read. ``edits`` says where
     what the cache holds now is not what the model computes.
     """
@@ -118,12 +119,22 @@ class LoadRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Damaged:
+    """Damage was met in the key space of that adapter, ``n_tokens`` behind its start."""
+
+    adapter: bytes
+    n_tokens: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """A load's result, the chunk row to mark as used, and the named session as it was."""
 
     result: LoadResult
     used_chunk_id: int | None
     revision: Revision | None
+    damaged: tuple[Damaged, ...]
 
 
 def load(database: Database, request: LoadRequest, *, workers: Executor, n_threads: int) -> Loaded:
@@ -134,20 +145,18 @@ def load(database: Database, request: LoadRequest, *, workers: Executor, n_threa
         StoreError: the file cannot be read at all; the cache is unchanged.
     """
     began = time.perf_counter()
-    cache = request.cache
     with db.read_transaction(database.engine) as connection:
         wanted = _wanted(connection, request, database)
         ids = wanted.ids
-        with vendor_errors(database.path):
-            plan = _plan(connection, request, wanted)
         crew = Crew(workers=workers, readers=database.readers, n_threads=n_threads)
-        outcome = _carry_out(connection, cache, plan, crew, database.path)
+        restored = _restore(connection, request, wanted, crew, database.path)
+        plan, outcome = restored.plan, restored.outcome
 
         n_tokens = outcome.n_tokens
         has_logits = n_tokens == len(ids)
         reason, detail = None, ""
         if n_tokens < min(len(ids) - 1, plan.limit_n_tokens):
-            reason, detail = _explain(connection, request, plan, outcome)
+            reason, detail = _explain(connection, request, restored)
         elif n_tokens < len(ids) - 1:
             reason = MissReason.CAPACITY
             detail = f"the cache has room for {n_tokens} tokens"
@@ -179,6 +188,7 @@ def load(database: Database, request: LoadRequest, *, workers: Executor, n_threa
         result=result,
         used_chunk_id=None if serving is None else serving.id,
         revision=wanted.revision,
+        damaged=restored.damaged,
     )
 
 
@@ -193,28 +203,58 @@ class _Wanted:
     revision: Revision | None = None
 
 
-def _plan(connection: sa.Connection, request: LoadRequest, wanted: _Wanted) -> LoadPlan:
-    """The plan that gives most tokens: of exact content, or of what a lossy codec wrote."""
-    mark = mark_of(wanted.codec_text)
-    lineage = unmarked(wanted.lineage, mark)
-    plans = [
-        plan_load(
-            connection,
-            request.cache,
-            models.find_space(
-                connection,
-                request.cache.fingerprint,
-                chunk_n_tokens=request.chunk_n_tokens,
-                namespace=request.namespace,
-                adapter=adapter_of(text),
-            ),
-            wanted.ids,
-            lineage,
-            codec_text=text,
-        )
-        for text in dict.fromkeys(("", wanted.codec_text))
+def _restore(
+    connection: sa.Connection, request: LoadRequest, wanted: _Wanted, crew: Crew, path: Path
+) -> _Restored:
+    """Carry out the plan that gives most tokens: of exact content, or of what a lossy codec wrote.
+
+    If damage ends it, the other one goes on where it reaches further.
+    """
+    cache = request.cache
+    texts = [*dict.fromkeys(("", wanted.codec_text))]
+    with vendor_errors(path):
+        plans = {text: _plan(connection, request, wanted, text) for text in texts}
+    plan = max(plans.values(), key=_n_planned)  # the exact one, if both give as many
+    outcome = _carry_out(connection, cache, plan, crew, path)
+    failed = [
+        (one, one.n_tokens, one.damage) for one in plans.values() if one.damage and one is not plan
     ]
-    return max(plans, key=lambda plan: plan.n_tokens)  # the exact one, if both give as many
+    if outcome.failure is not None:
+        failed.insert(0, (plan, outcome.n_tokens, outcome.failure))
+        for text in texts:
+            if text != plan.codec_text:
+                with vendor_errors(path):
+                    other = _plan(connection, request, wanted, text)
+                if other.n_tokens > outcome.n_tokens:
+                    plan, outcome = other, _carry_out(connection, cache, other, crew, path)
+    return _Restored(
+        plan=plan,
+        outcome=outcome,
+        spaces=tuple(one.space for one in plans.values() if one.space is not None),
+        damaged=tuple(
+            Damaged(adapter=adapter_of(one.codec_text), n_tokens=n_tokens, detail=detail)
+            for one, n_tokens, detail in failed
+        ),
+    )
+
+
+def _plan(
+    connection: sa.Connection, request: LoadRequest, wanted: _Wanted, codec_text: str
+) -> LoadPlan:
+    """What one key space gives."""
+    space = models.find_space(
+        connection,
+        request.cache.fingerprint,
+        chunk_n_tokens=request.chunk_n_tokens,
+        namespace=request.namespace,
+        adapter=adapter_of(codec_text),
+    )
+    lineage = unmarked(wanted.lineage) if wanted.codec_text else wanted.lineage
+    return plan_load(connection, request.cache, space, wanted.ids, lineage, codec_text=codec_text)
+
+
+def _n_planned(plan: LoadPlan) -> int:
+    return plan.n_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +265,16 @@ class _Outcome:
     raw_nbytes: int = 0
     stored_nbytes: int = 0
     failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Restored:
+    """What was carried out, the key spaces that were asked, and the damage that was met."""
+
+    plan: LoadPlan
+    outcome: _Outcome
+    spaces: tuple[SpaceRow, ...]
+    damaged: tuple[Damaged, ...]
 
 
 def _carry_out(
@@ -307,30 +357,28 @@ def _wanted(connection: sa.Connection, request: LoadRequest, database: Database)
 
 
 def _explain(
-    connection: sa.Connection,
-    request: LoadRequest,
-    plan: LoadPlan,
-    outcome: _Outcome,
+    connection: sa.Connection, request: LoadRequest, restored: _Restored
 ) -> tuple[MissReason, str]:
-    """Why the cache does not hold more than ``outcome.n_tokens``."""
-    n_tokens = outcome.n_tokens
-    if outcome.failure is not None:
-        return MissReason.CORRUPT, outcome.failure
+    """Why the cache does not hold more."""
+    plan, n_tokens = restored.plan, restored.outcome.n_tokens
+    if restored.damaged:
+        return MissReason.CORRUPT, restored.damaged[0].detail
     if plan.limited_by is not None:
         spec = request.cache.layout.tensors[plan.limited_by]
         detail = f"{plan.matched_n_tokens} tokens match, but {spec.name} was not saved there"
         return MissReason(kind_of(spec).miss_reason or MissReason.NO_MATCH), detail
-    if plan.space is None:
+    if not restored.spaces:
         return _explain_model(connection, request)
-    shortened = sessions.with_less_than_saved(
-        connection, space_id=plan.space.id, limit=_MAX_N_ASKED_SESSIONS
-    )
-    for session_id, name in shortened:
-        with suppress(CorruptStoreError):  # the load itself is done
-            saved = sessions.tokens_of(connection, session_id)
-            if common_prefix_n_tokens(saved, plan.ids[:-1]) > n_tokens:
-                reason = MissReason.EVICTED
-                return reason, f"session {name!r} had more, but its K and V were pruned"
+    for space in restored.spaces:
+        shortened = sessions.with_less_than_saved(
+            connection, space_id=space.id, limit=_MAX_N_ASKED_SESSIONS
+        )
+        for session_id, name in shortened:
+            with suppress(CorruptStoreError):  # the load itself is done
+                saved = sessions.tokens_of(connection, session_id)
+                if common_prefix_n_tokens(saved, plan.ids[:-1]) > n_tokens:
+                    reason = MissReason.EVICTED
+                    return reason, f"session {name!r} had more, but its K and V were pruned"
     return MissReason.NO_MATCH, f"nothing stored goes on as the prompt does at {n_tokens}"
 
 

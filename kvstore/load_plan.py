@@ -18,7 +18,7 @@ from kvstore.db.models import SpaceRow
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import LOGITS_ROLE, Layout, LiveCache
-from kvstore.lineage import Lineage, n_common_tokens
+from kvstore.lineage import Lineage, before, n_common_tokens
 from kvstore.lossy import mark_of, marked, unmarked
 from kvstore.match import ChunkMatch, Piece, checked_blobs, longest_prefix, pieces
 from kvstore.prefix import Key
@@ -75,8 +75,13 @@ class LoadPlan:
 
     def edits(self, n_tokens: int) -> Lineage:
         """The lineage of the cache when it holds ``n_tokens`` after the load."""
-        mark = mark_of(self.codec_text)
         start = self.kept_n_tokens
+        if start >= n_tokens:
+            return before(self.live_edits, n_tokens)
+        if not self.codec_text:
+            return before(self.lineage, n_tokens)
+        last = [match.chunk.key for match in self.matches if match.chunk.start < n_tokens][-1]
+        mark = mark_of(self.codec_text, last)
         return marked(self.live_edits, self.lineage, mark, start=start, stop=n_tokens)
 
 
@@ -90,14 +95,13 @@ def plan_load(
     codec_text: str,
 ) -> LoadPlan:
     """The longest prefix of ``ids`` that every tensor can serve, and the blobs that it takes."""
-    mark = mark_of(codec_text)
-    lineage = unmarked(lineage, mark)
+    is_lossy = bool(codec_text)
     layout = cache.layout
     with_logits = any(
         tensor.role == LOGITS_ROLE and tensor.token_axis is None for tensor in layout.tensors
     )
     limit = min(len(ids) if with_logits else len(ids) - 1, cache.capacity_n_tokens)
-    kept = _kept(cache, ids, lineage, limit, mark)
+    kept = _kept(cache, ids, lineage, limit, is_lossy=is_lossy)
     matches: list[ChunkMatch] = []
     places: list[tuple[ChunkMatch, Piece]] = []
     damage: str | None = None
@@ -112,7 +116,7 @@ def plan_load(
         damage = str(error)  # what came before it can still serve
     found: list[_Found] = []
     try:
-        for one in _with_blobs(connection, places, layout, is_lossy=bool(mark)):
+        for one in _with_blobs(connection, places, layout, is_lossy=is_lossy):
             found.append(one)  # noqa: PERF402  # what was found before an error counts
     except CorruptStoreError as error:
         damage = str(error)
@@ -143,10 +147,10 @@ def plan_load(
 
 
 def _kept(
-    cache: LiveCache, ids: TokenIds, lineage: Lineage, limit_n_tokens: int, mark: bytes
+    cache: LiveCache, ids: TokenIds, lineage: Lineage, limit_n_tokens: int, *, is_lossy: bool
 ) -> int:
     """How many tokens at the start of the live cache can stay."""
-    live = unmarked(cache.edits, mark)
+    live = unmarked(cache.edits) if is_lossy else cache.edits
     common = n_common_tokens(array("Q", cache.tokens), live, ids, lineage)
     kept = min(common, limit_n_tokens)
     held = cache.held

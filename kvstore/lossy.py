@@ -3,7 +3,7 @@
 A store that writes with a lossy codec keeps its chunks in a key space whose *adapter* names the
 codec, so no exact look-up ever meets them. A cache that was restored from there is marked by an
 edit (``kvstore.lineage``): saved exactly, it does not pass for what the model computes; saved with
-the same codec again, the mark is taken off, for the key space says as much.
+a lossy codec, the mark is taken off, for the key space says as much.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ _CODEC = 1
 _HEADER = struct.Struct("<BI")
 _TEXT = re.compile(r"[a-z0-9.,=-]+")
 _PERSON = b"kvstore/lossy"
+_MARK = hashlib.blake2b(b"mark", digest_size=16, person=_PERSON).digest()
+_BOTH = hashlib.blake2b(b"both", digest_size=16, person=_PERSON).digest()
+"""What the digests of our own edits begin with; no hash of anybody else's does."""
 
 
 def adapter_of(codec_text: str) -> bytes:
@@ -49,22 +52,21 @@ def codec_text_of(adapter: bytes) -> str:
     return text
 
 
-def mark_of(codec_text: str) -> bytes:
-    """The digest of the edit that says: from here on restored from what this codec wrote."""
-    if not codec_text:
-        return b""
-    text = codec_text.encode("ascii")
-    return hashlib.blake2b(text, digest_size=DIGEST_NBYTES, person=_PERSON).digest()
+def mark_of(codec_text: str, chunk_key: bytes) -> bytes:
+    """The digest of the edit that says: from here on restored from what this codec wrote.
+
+    ``chunk_key`` is that of the last chunk that was restored from, so that marks of other content
+    differ.
+    """
+    return _MARK + _digest(codec_text.encode("ascii") + chunk_key)
 
 
-def unmarked(lineage: Lineage, mark: bytes) -> Lineage:
-    """``lineage`` without these marks, and without what only says "computed on top of" them."""
-    if not mark:
-        return lineage
+def unmarked(lineage: Lineage) -> Lineage:
+    """``lineage`` without any such marks, and without what only says "computed on top of" them."""
     kept: list[Edit] = []
     for edit in lineage:
         is_on_top = not edit.digest and not (kept and kept[-1].digest)
-        if edit.digest != mark and not is_on_top:
+        if not edit.digest.startswith(_MARK) and not is_on_top:
             kept.append(edit)
     return tuple(kept)
 
@@ -72,13 +74,26 @@ def unmarked(lineage: Lineage, mark: bytes) -> Lineage:
 def marked(live: Lineage, stored: Lineage, mark: bytes, *, start: int, stop: int) -> Lineage:
     """The lineage of a cache that keeps ``start`` tokens and restores those up to ``stop``.
 
-    ``live`` is that of the cache before, ``stored`` that of what is restored.
+    ``live`` is that of the cache before, ``stored`` that of what is restored. Where an edit lies
+    at ``start`` the mark is put before it, since there is one edit at a position: over tokens
+    that would need none.
     """
-    if not mark or start >= stop:
-        return before(stored if not mark else live, stop)
+    kept = before(live, start)
     restored = [edit for edit in stored if start <= edit.start < stop]
-    if restored and restored[0].start == start:
-        # One edit at a position: this one stands for both, and is not taken off again.
-        both = hashlib.blake2b(mark + restored.pop(0).digest, digest_size=DIGEST_NBYTES)
-        mark = both.digest()
-    return (*before(live, start), Edit(start, mark), *restored)
+    taken = {edit.start for edit in (*kept, *restored)}
+    position = next((at for at in range(start, -1, -1) if at not in taken), None)
+    if position is not None:
+        lineage = [*kept, Edit(position, mark), *restored]
+        return tuple(sorted(lineage, key=_start))
+    first, *others = restored  # every position up to here is edited: one edit stands for both
+    if not first.digest.startswith(_BOTH):
+        first = Edit(first.start, _BOTH + _digest(mark + first.digest))
+    return (*kept, first, *others)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_NBYTES - len(_MARK), person=_PERSON).digest()
+
+
+def _start(edit: Edit) -> int:
+    return edit.start

@@ -309,8 +309,11 @@ class _Planner:
             if len(ids) == self._request.chunk_n_tokens and not must_borrow:
                 # The tail is full: one blob a tensor instead of the tail's many,
                 # which nothing else needs and which go when this save is published.
-                base, base_n_tokens = before_edit
+                former = self._lossy_base(base)
+                base, base_n_tokens = max([before_edit, former], key=_by_n_shared)
         is_worth_it = base_n_tokens >= MIN_BORROWED_N_TOKENS or not self._layout.is_full
+        # What a full chunk holds with loss is not encoded again, from numbers that have lost.
+        is_worth_it = is_worth_it or (base is not None and self._is_lossy(base))
         if not (is_worth_it or must_borrow):
             base, base_n_tokens = before_edit
         while base is not None and base_n_tokens <= base.base_n_tokens and base.base_id is not None:
@@ -332,6 +335,23 @@ class _Planner:
         if base is None:
             return [new]
         return [*self._fill_ins(ChunkMatch(chunk=base, stop=start + base_n_tokens)), new]
+
+    def _lossy_base(self, tail: ChunkRow) -> tuple[ChunkRow | None, int]:
+        """The full chunk that a tail of a lossy key space borrows from, and how much of it."""
+        owner, n_tokens = tail, tail.n_tokens
+        while owner.base_id is not None:
+            n_tokens = min(n_tokens, owner.base_n_tokens)
+            base = chunks.by_id(self._connection, owner.base_id)
+            if base is None:
+                break
+            if self._is_lossy(base):
+                return base, n_tokens
+            owner = base
+        return _NO_BASE
+
+    def _is_lossy(self, chunk: ChunkRow) -> bool:
+        """Whether its own blobs went through a lossy codec."""
+        return bool(self._request.codec_text) and chunk.n_tokens == self._request.chunk_n_tokens
 
     def _siblings(self, parent_key: Key, ids: TokenIds, start: int) -> list[tuple[ChunkRow, int]]:
         """The chunks under the parent that share a start with ``ids``, and how much of it."""

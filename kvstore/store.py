@@ -41,10 +41,10 @@ from kvstore.errors import (
 )
 from kvstore.layout import Fingerprint, LiveCache
 from kvstore.lineage import Edit, before, lineage_of
-from kvstore.load import LoadResult, MissReason
-from kvstore.lossy import mark_of, unmarked
+from kvstore.load import LoadResult
+from kvstore.lossy import unmarked
 from kvstore.manifest import pack_metadata
-from kvstore.prefix import DEFAULT_CHUNK_N_TOKENS, KEY_NBYTES
+from kvstore.prefix import DEFAULT_CHUNK_N_TOKENS, KEY_NBYTES, Key
 from kvstore.prune import PruneResult
 from kvstore.quantity import parse_nbytes
 from kvstore.save import SaveResult
@@ -106,7 +106,7 @@ class Store:
         self._queue = SaveQueue(database, max_nbytes=max_pending_nbytes)
         weakref.finalize(self, report_failures, self._queue, database.path, self._pid)
         self._used_chunk_ids: set[int] = set()
-        self._damaged_at: dict[Fingerprint, int] = {}
+        self._damaged: dict[Fingerprint, dict[bytes, int]] = {}  # by adapter: from where on
         self._seen: dict[str, Revision] = {}
         self._n_calls = 0
         self._lock = threading.Lock()  # guards the four above and _closed
@@ -224,7 +224,7 @@ class Store:
         request = SaveRequest(
             cache=source,
             ids=ids,
-            lineage=unmarked(lineage, mark_of(codec_text)),
+            lineage=unmarked(lineage) if codec_text else lineage,
             name=None if name is None else _check_name(name),
             metadata=pack_metadata(metadata),
             replace=replace,
@@ -314,8 +314,8 @@ class Store:
         with self._lock:
             if loaded.used_chunk_id is not None:
                 self._used_chunk_ids.add(loaded.used_chunk_id)
-            if loaded.result.reason is MissReason.CORRUPT:
-                self._damaged_at[cache.fingerprint] = loaded.result.n_tokens
+            for one in loaded.damaged:
+                self._damaged.setdefault(cache.fingerprint, {})[one.adapter] = one.n_tokens
         return loaded.result
 
     def sessions(self, *, all_namespaces: bool = False) -> list[SessionInfo]:
@@ -533,31 +533,33 @@ class Store:
 
     def _drop_damaged(self, request: SaveRequest) -> None:
         """Make room for what a load of this model found damaged to be written again."""
-        fingerprint, layout = request.cache.fingerprint, request.cache.layout
+        fingerprint = request.cache.fingerprint
         with self._lock:
-            start = self._damaged_at.get(fingerprint)
-        if start is None:
+            found = self._damaged.get(fingerprint, {}).copy()
+        if not found:
             return
         self._queue.wait()
+        for adapter, start in found.items():
+            key = self._find_damaged(request, adapter, start)
+            if key is not None:
+                damage.drop(self._database.engine, key)
+        with self._lock:
+            self._damaged.pop(fingerprint, None)
+
+    def _find_damaged(self, request: SaveRequest, adapter: bytes, start: int) -> Key | None:
+        """The damaged chunk on the path of ``request`` in the key space of that adapter."""
         with db.read_transaction(self._database.engine) as connection:
             space = models.find_space(
                 connection,
-                fingerprint,
+                request.cache.fingerprint,
                 chunk_n_tokens=self._chunk_n_tokens,
                 namespace=self._namespace,
-                adapter=request.adapter,
+                adapter=adapter,
             )
-            key = (
-                damage.find_damaged(
-                    connection, space, layout, request.ids, request.lineage, start=start
-                )
-                if space is not None
-                else None
-            )
-        if key is not None:
-            damage.drop(self._database.engine, key)
-        with self._lock:
-            self._damaged_at.pop(fingerprint, None)
+            if space is None:
+                return None
+            layout, ids, lineage = request.cache.layout, request.ids, request.lineage
+            return damage.find_damaged(connection, space, layout, ids, lineage, start=start)
 
     def _flush_used(self) -> None:
         """Write the last-used marks; best effort, nobody waits or fails for them."""

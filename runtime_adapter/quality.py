@@ -78,7 +78,7 @@ class CodecMeasure:
     """One codec on one model: size, seconds, and what it does to the answers.
 
     ``stored_as`` is what ``codec`` came down to for this model's tensors; ``n_fallback_blobs`` were
-    stored exactly although it is lossy. ``restore_s`` is the median of the loads.
+    stored exactly although it is lossy. ``restore_s`` is the faster of two loads.
     """
 
     codec: str
@@ -113,6 +113,8 @@ def measure_codecs(  # all of them are the question
         InputError: a codec that is none.
         KVStoreError: whatever the model or the store raises.
     """
+    if not codecs:
+        raise InputError("measure_codecs: expected names of codecs, found none")
     for name in codecs:
         kvstore.CodecChoice(name)
     n_stored, chunk_n_tokens = _stored_n_tokens(model, ids, n_scored, n_generated)
@@ -178,9 +180,9 @@ def _stored_n_tokens(
     model: Model, ids: Sequence[int], n_scored: int, n_generated: int
 ) -> tuple[int, int]:
     """How many ids to store, and a chunk size that divides their number."""
-    if n_scored < 1 or n_generated < 2:
+    if n_scored < 1 or n_generated < 1:
         raise InputError(
-            f"expected at least 1 scored and 2 generated tokens, found {n_scored}, {n_generated}"
+            f"expected at least 1 scored and 1 generated token, found {n_scored}, {n_generated}"
         )
     n_stored = len(ids) - n_scored - 1
     chunk_n_tokens = min(256, n_stored)
@@ -219,11 +221,12 @@ def _answers(model: Model, ids: Sequence[int], *, start: int) -> Logits:
 
 
 def _generate(model: Model, first: int, n_tokens: int, *, start: int) -> tuple[list[int], Logits]:
-    """``n_tokens`` of which the first is given, and the logits behind all but the last."""
+    """``first`` and the ``n_tokens`` generated behind it, and the logits that they came from."""
     import numpy as np
 
-    ids, logits = [first], []
-    while len(ids) < n_tokens:
+    ids = [first]
+    logits: list[npt.NDArray[np.float32]] = []
+    while len(logits) < n_tokens:
         logits.append(model.forward(ids[-1:], start=start + len(ids) - 1).numpy())
         ids.append(int(logits[-1].argmax()))
     return ids, np.stack(logits).astype(np.float64)

@@ -346,7 +346,7 @@ def codec_text(adapter: object) -> str:
 
 
 def decode_lossy(codec: int, stored: bytes, block: Block) -> tuple[bytes, bytes]:
-    """The numbers, and what the checksum covers: head and codes."""
+    """The numbers, and what the checksum covers: tag, head and codes."""
     require(len(stored) >= 8, "codes: cut short")
     inner, head = stored[0], stored[1:8]
     variant, g, e = struct.unpack("<BHI", head)
@@ -358,7 +358,7 @@ def decode_lossy(codec: int, stored: bytes, block: Block) -> tuple[bytes, bytes]
         codes = decode(inner, stored[8:], 2 * n * c)
         form = "e" if variant == 1 else "H"
         numbers = [as_float(one, form) for one in struct.unpack(f"<{n * c}{form}", codes)]
-        return from_floats(numbers, "float32"), head + codes
+        return from_floats(numbers, "float32"), bytes([codec]) + head + codes
     m = n - e
     require(g > 0 and m >= 0 and (codec == 5 or e == 0), "integers: head")
     require(variant == 2 or c % g == 0, "integers: groups")
@@ -382,7 +382,7 @@ def decode_lossy(codec: int, stored: bytes, block: Block) -> tuple[bytes, bytes]
                 byte = packed[token * (c // 2) + channel % (c // 2)]
                 code = byte >> 4 if channel >= c // 2 else byte & 15
             numbers.append((code + zeros[group]) * as_float(scales[group], "H"))
-    return codes[:exact] + from_floats(numbers, block.dtype), head + codes
+    return codes[:exact] + from_floats(numbers, block.dtype), bytes([codec]) + head + codes
 
 
 def as_float(stored: float, form: str) -> float:

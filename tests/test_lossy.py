@@ -209,7 +209,7 @@ def test_an_edit_and_a_lossy_codec_go_together(opened):
     target = NumbersCache(LAYOUT)
     hit = store.load_session(target, [*cache.tokens, 5], edits=cache.edits)
     assert (hit.n_tokens, hit.codec) == (80, "int8")
-    assert unmarked(target.edits, mark_of("int8")) == cache.edits
+    assert unmarked(target.edits) == cache.edits
     # The edits of a result are good for the next look-up.
     hit = store.load_session(NumbersCache(LAYOUT), [*cache.tokens, 5], edits=hit.edits)
     assert hit.n_tokens == 80
@@ -251,7 +251,7 @@ def test_recurrent_state_logits_and_rings_bookkeeping_are_exact(opened):
     cache = filled(64, one=one)
     store = opened(codec="int8")
     saved = store.save_session(cache, cache.tokens)
-    assert saved.codec == "int8"
+    assert saved.codec == "0.k=int8,1.k=exact,0.v=int8,1.v=exact"  # the ring's heads are too small
     target = NumbersCache(one)
     assert store.load_session(target, cache.tokens).n_tokens == 64
     kinds = {spec.kind for spec in one.tensors}
@@ -279,6 +279,169 @@ def test_a_lossy_blob_in_an_exact_key_space_is_damage(opened):
         connection.exec_driver_sql("UPDATE spaces SET adapter = x'', root_key = zeroblob(32)")
     assert any("lossy blob" in problem for problem in store.verify().problems)
     store.delete_session("chat")
+    store.prune(model=cache.fingerprint.model)
+
+
+def errors_after(path, turns, codecs):
+    """How far a conversation is from what was computed after each of several restarts."""
+    whole = filled(160)
+    found = []
+    for turn in range(turns):
+        name = codecs[min(turn, len(codecs) - 1)]
+        with kvstore.open(path, chunk_n_tokens=SIZE, codec=name) as store:
+            target = NumbersCache(LAYOUT)
+            if turn == 0:
+                store.save_session(whole, whole.tokens, name="chat")
+                continue
+            store.load_session(target, name="chat")
+            target.compute([7])
+            saved = store.save_session(target, target.tokens, name="chat")
+            assert store.verify().problems == ()
+            error = np.abs(floats(whole, 0, 128) - floats(target, 0, 128)).max()
+            found.append((saved.n_new_tokens, round(float(error), 6)))
+    return found
+
+
+def test_a_restart_neither_writes_again_nor_loses_more(tmp_path):
+    first, *others = errors_after(tmp_path / "one.db", 5, ["int4"])
+    assert {error for _, error in others} == {first[1]}
+    assert all(n_new <= 1 for n_new, _ in others)
+
+
+def test_nor_does_a_change_of_codecs_but_for_the_first_time(tmp_path):
+    _, second, *others = errors_after(tmp_path / "one.db", 6, ["int8", "int4"])
+    assert {error for _, error in others} == {second[1]}
+    assert all(n_new <= 1 for n_new, _ in others)
+
+
+def test_a_branch_within_a_full_chunk_borrows_what_was_lost_once(opened):
+    store = opened(codec="int4")
+    origin = filled(32)
+    store.save_session(origin, origin.tokens, name="origin")
+    ids, worst = list(origin.tokens), []
+    for turn in range(5):
+        target = NumbersCache(LAYOUT)
+        store.load_session(target, [*ids[: 24 - turn], 2000 + turn, 5])
+        target.compute([2000 + turn])
+        store.save_session(target, target.tokens, name="branch")
+        target.compute(range(32 - len(target.tokens)))
+        store.save_session(target, target.tokens, name="branch")
+        ids = list(target.tokens)
+        again = NumbersCache(LAYOUT)
+        assert store.load_session(again, [*ids, 5]).n_tokens == 32
+        worst.append(np.abs(floats(origin, 0, 18) - floats(again, 0, 18)).max())
+    assert len(set(worst)) == 1
+
+
+def test_damage_and_eviction_of_lossy_content_are_told_and_mended(opened):
+    cache = filled(80)
+    store, ids = opened(codec="int8"), [*cache.tokens, 5]
+    store.save_session(cache, cache.tokens, name="chat")
+    with store._database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE blobs SET raw_nbytes = raw_nbytes + 1 WHERE start = 0")
+    hit = store.load_session(NumbersCache(LAYOUT), name="chat")
+    assert (hit.n_tokens, hit.reason) == (0, kvstore.MissReason.CORRUPT)
+    store.save_session(cache, cache.tokens, name="chat")
+    assert store.load_session(NumbersCache(LAYOUT), ids).n_tokens == 80
+    store.prune(model=cache.fingerprint.model)
+    hit = store.load_session(NumbersCache(LAYOUT), ids)
+    assert (hit.n_tokens, hit.reason) == (0, kvstore.MissReason.EVICTED)
+
+
+def test_what_two_caches_got_from_other_content_is_not_taken_for_the_same(opened):
+    """[32, 36) once from an exact tail, once from a full chunk: two marks, two keys."""
+    full, part = filled(64), filled(64)
+    part.truncate(40)
+    lossy, exact = opened(codec="int8"), opened()
+    caches = []
+    for source, name in ((part, "a"), (full, "b")):
+        lossy.save_session(source, source.tokens, name=f"from {name}")
+        cache = NumbersCache(LAYOUT)
+        exact.load_session(cache, name=f"from {name}")
+        cache.truncate(36)
+        exact.save_session(cache, cache.tokens, name=name)
+        caches.append(cache)
+    for name, cache in zip("ab", caches, strict=True):
+        again = NumbersCache(LAYOUT)
+        exact.load_session(again, name=name)
+        n = 35 * LAYOUT.tensors[0].slot_nbytes
+        assert again.memory[0][:n] == cache.memory[0][:n]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_group_whose_span_is_too_large_is_stored_exactly(dtype):
+    block = Block(dtype="float32", start=9, n_tokens=32, n_channels=64, head_dim=32)
+    numbers = np.zeros((32, 64), np.float32)
+    numbers[0], numbers[1] = 2e38, -2e38
+    data = memoryview(numbers.tobytes())
+    if dtype == "bfloat16":
+        block = Block(dtype=dtype, start=9, n_tokens=32, n_channels=64, head_dim=32)
+        data = memoryview((numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    for name in ("int4", "int8"):
+        assert codec.encode(data, block, name, "k").is_fallback
+
+
+def test_shapes_that_a_codec_would_not_make_smaller_are_exact_from_the_start():
+    def names(heads, head_dim, name):
+        one = layout(n_layers=1, n_kv_heads=heads, head_dim=head_dim)
+        return CodecChoice(name).names(one)
+
+    assert names(2, 16, "int4") == ("int4", "int4")  # groups of 16 channels
+    assert names(1, 5, "int4") == ("exact", "exact")
+    assert names(2, 3, "int4") == ("int4", "exact")
+    assert names(1, 2, "int8") == ("exact", "exact")
+    assert names(1, 70_000, "int8") == ("exact", "exact")
+    assert names(1, 70_000, "int8-channel") == ("int8-channel", "exact")
+
+
+def test_the_text_of_a_mix_gives_the_same_mix_whatever_the_order_of_layers():
+    tensors = layout(n_layers=3, head_dim=32).tensors
+    shuffled = Layout(tensors=(*tensors[:2], *tensors[4:], *tensors[2:4]))
+    for text in ("1=exact,k=int8,v=int8", "0=int4,2=int8", "0-1.k=int8,2.v=half"):
+        names = CodecChoice(text).names(shuffled)
+        assert CodecChoice(lossy_text(names, shuffled)).names(shuffled) == names
+
+
+def test_damage_in_exact_content_leaves_a_lossy_store_what_it_stored_itself(opened):
+    cache = filled(80)
+    exact = opened()
+    exact.save_session(cache, cache.tokens)
+    with exact._database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE payloads SET data = zeroblob(length(data)) WHERE id = 1")
+    store, ids = opened(codec="int8"), [*cache.tokens, 5]
+    assert store.load_session(NumbersCache(LAYOUT), ids).reason is kvstore.MissReason.CORRUPT
+    again = opened(codec="int8")
+    again.save_session(cache, cache.tokens)
+    hit = again.load_session(NumbersCache(LAYOUT), ids)
+    assert (hit.n_tokens, hit.reason, hit.codec) == (80, None, "int8")
+    again.save_session(cache, cache.tokens)  # it drops what the load found damaged
+
+
+def test_codes_are_not_taken_for_those_of_another_codec(tmp_path):
+    """Four tokens by channel have as many bytes in 8 bits as in 4: the checksum knows the tag."""
+    one = layout(n_layers=1, capacity_n_tokens=64, head_dim=64)
+    cache = filled(32, one=one)
+    with kvstore.open(tmp_path / "s.db", chunk_n_tokens=4, codec="int8-channel") as store:
+        store.save_session(cache, cache.tokens)
+        with store._database.engine.begin() as connection:
+            changed = connection.exec_driver_sql(
+                "UPDATE blobs SET codec = 5 WHERE codec = 4 AND tensor = 0 AND start = 8"
+            )
+            assert changed.rowcount == 1
+        assert store.verify().problems
+        hit = store.load_session(NumbersCache(one), [*cache.tokens, 5])
+        assert (hit.n_tokens, hit.reason) == (8, kvstore.MissReason.CORRUPT)
+
+
+def test_a_session_in_an_unknown_key_space_is_named_and_can_be_deleted(opened):
+    cache = filled(40)
+    store = opened(codec="int8")
+    store.save_session(cache, cache.tokens, name="odd")
+    with store._database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE spaces SET adapter = x'0201000000ff'")
+    with pytest.raises(CorruptStoreError, match=r"'odd'.*unknown adapter.*kvstore rm"):
+        store.sessions()
+    store.delete_session("odd")
     store.prune(model=cache.fingerprint.model)
 
 
@@ -329,6 +492,11 @@ def test_a_mix_says_each_tensors_codec_and_equal_mixes_are_one_key_space(text, n
         assert lossy_text(CodecChoice(canonical).names(LAYOUT), LAYOUT) == canonical
 
 
+def test_layers_from_high_to_low_are_refused():
+    with pytest.raises(InputError, match="from low to high"):
+        CodecChoice("5-2=int8")
+
+
 @pytest.mark.parametrize(
     "adapter", [b"\x00", b"\x01", adapter_of("int8")[:-1], adapter_of("int8") + b"x", "int8", None]
 )
@@ -348,23 +516,37 @@ def lineages(max_size=4):
     )
 
 
+MARK = mark_of("int8", bytes(32))
+
+
 @given(stored=lineages(), start=st.integers(0, 50), grown=st.integers(0, 20))
 def test_marks_are_taken_off_again(stored, start, grown):
     """Restore with loss, then compute: without its marks the lineage is the stored one, goes on."""
-    mark, stop = mark_of("int8"), 50
-    lineage = marked(before(stored, start), stored, mark, start=start, stop=stop)
-    assert (
-        any(edit.digest == mark for edit in lineage)
-        or start == stop
-        or start in {edit.start for edit in stored}
-    )
-    if start in {edit.start for edit in stored}:
-        return  # one edit stands for both
-    assert unmarked(lineage, mark) == before(stored, stop)
+    stop = 51
+    lineage = marked(before(stored, start), stored, MARK, start=start, stop=stop)
+    if {edit.start for edit in stored} >= set(range(start + 1)):
+        return  # every position is edited: one edit stands for two, see below
+    marks = [edit.start for edit in lineage if edit.digest == MARK]
+    assert len(marks) == 1
+    assert marks[0] <= start
+    assert unmarked(lineage) == before(stored, stop)
     if grown:
         plain = computed(stored, stop) if stored and stored[-1].start >= start else None
         if plain is not None:
-            assert unmarked(computed(lineage, stop), mark) == plain
+            assert unmarked(computed(lineage, stop)) == plain
+
+
+def test_where_every_position_is_edited_one_edit_stands_for_two_and_stays_the_same():
+    stored = (Edit(0, bytes(32)),)
+    once = marked((), stored, MARK, start=0, stop=9)
+    assert len(once) == 1
+    assert once != stored
+    assert unmarked(once) == once
+    assert marked((), once, mark_of("int8", bytes([1]) * 32), start=0, stop=9) == once
+
+
+def test_marks_of_any_codec_are_taken_off():
+    assert unmarked((Edit(0, MARK), Edit(7, b""), Edit(9, mark_of("int4", bytes(32))))) == ()
 
 
 @settings(deadline=None)

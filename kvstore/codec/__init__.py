@@ -91,7 +91,7 @@ def decode_into(
         codes = scratch("codes", nbytes)
         decode_exact_into(inner, body, codes)
     quantizer.decode_into(Codes(head, codes), block, destination)
-    return memoryview(head.to_bytes()), codes
+    return _tagged(tag, head), codes
 
 
 def encode_exact(data: memoryview, codec: Codec) -> tuple[int, memoryview]:
@@ -127,7 +127,6 @@ def exact_codec(name: str, itemsize_nbytes: int) -> Codec:
 
 
 def _encode_codes(quantizer: Quantizer, codes: Codes) -> Encoded:
-    head = codes.head.to_bytes()
     inner, body = Raw.tag, codes.body
     if isinstance(quantizer, Half):
         inner, body = encode_exact(codes.body, Planes(2))
@@ -135,9 +134,14 @@ def _encode_codes(quantizer: Quantizer, codes: Codes) -> Encoded:
         inner, body = encode_exact(codes.body, Zstd())
     return Encoded(
         tag=quantizer.tag,
-        stored=memoryview(b"".join([bytes([inner]), head, body])),
-        checked=(memoryview(head), codes.body),
+        stored=memoryview(b"".join([bytes([inner]), codes.head.to_bytes(), body])),
+        checked=(_tagged(quantizer.tag, codes.head), codes.body),
     )
+
+
+def _tagged(tag: int, head: Head) -> memoryview:
+    """What says how codes are read: without it, codes of one quantizer may be those of another."""
+    return memoryview(bytes([tag]) + head.to_bytes())
 
 
 def _quantizer(name: str, role: str) -> Quantizer | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import re
 from dataclasses import dataclass
 
-from kvstore.codec.block import may_lose
+from kvstore.codec.block import block_of, may_lose
+from kvstore.codec.integers import MAX_GROUP_SIZE
 from kvstore.errors import InputError
 from kvstore.layout import Layout, TensorSpec
 
@@ -15,8 +16,12 @@ LOSSY = ("half", "int8", "int8-channel", "int4")
 NAMES = (EXACT, RAW, *LOSSY)
 """What a store can be told to write with, alone or in a mix."""
 
+_MIN_GROUP_SIZE = 8
+"""With fewer numbers to a scale the scales take more than is saved."""
+
 _RULE = re.compile(
-    r"(?:(?P<first>\d{1,6})(?:-(?P<last>\d{1,6}))?)?(?:(?:^|(?<=\d)\.)(?P<role>[kv]))?=(?P<name>.*)"
+    r"(?:(?P<first>\d{1,6})(?:-(?P<last>\d{1,6}))?)?(?:(?:^|(?<=\d)\.)(?P<role>[kv]))?=(?P<name>.*)",
+    re.ASCII,
 )
 
 
@@ -72,25 +77,42 @@ def lossy_text(names: tuple[str, ...], layout: Layout) -> str:
         return different.pop()
     rules = []
     for role in ("k", "v"):
-        layers = [(spec.layer, name) for spec, name in found if spec.role == role]
-        runs = [list(run) for _, run in itertools.groupby(layers, key=_by_name)]
-        for run in runs:
-            first, last = run[0][0], run[-1][0]
+        names_of = {spec.layer: name for spec, name in found if spec.role == role}
+        runs = _runs(names_of)
+        for first, last, name in runs:
             layers_text = str(first) if first == last else f"{first}-{last}"
             where = role if len(runs) == 1 else f"{layers_text}.{role}"
-            rules.append(f"{where}={run[0][1]}")
+            rules.append(f"{where}={name}")
     return ",".join(rules)
 
 
-def _by_name(layer: tuple[int, str]) -> str:
-    return layer[1]
+def _runs(names_of: dict[int, str]) -> list[tuple[int, int, str]]:
+    """Layers in a row with one name: the first, the last, and that name."""
+    runs: list[tuple[int, int, str]] = []
+    for layer, name in sorted(names_of.items()):
+        if runs and runs[-1][2] == name:
+            runs[-1] = (runs[-1][0], layer, name)
+        else:
+            runs.append((layer, layer, name))
+    return runs
 
 
 def _name(spec: TensorSpec, name: str) -> str:
     if name not in LOSSY:
         return name
-    gains = may_lose(spec) and (name != "half" or spec.dtype == "float32")
-    return name if gains else EXACT
+    return name if may_lose(spec) and _fits(spec, name) else EXACT
+
+
+def _fits(spec: TensorSpec, name: str) -> bool:
+    """Whether the tensor's shape and dtype are ones that the lossy codec makes smaller."""
+    if name == "half":
+        return spec.dtype == "float32"
+    block = block_of(spec, 0, 1)
+    by_channel = spec.role == "k" and name != "int8"
+    if name == "int4":
+        half = block.n_channels // 2
+        return block.n_channels % 2 == 0 and (by_channel or math.gcd(half, 32) >= _MIN_GROUP_SIZE)
+    return by_channel or _MIN_GROUP_SIZE <= block.head_dim <= MAX_GROUP_SIZE
 
 
 def _rules(text: str) -> list[_Rule]:
@@ -99,8 +121,8 @@ def _rules(text: str) -> list[_Rule]:
     if text in NAMES:
         return [_Rule(name=text)]
     rules = []
-    for part in text.replace(" ", "").split(","):
-        match = _RULE.fullmatch(part)
+    for part in text.split(","):
+        match = _RULE.fullmatch(part.strip())
         if match is None or match["name"] not in NAMES or (match["first"] or match["role"]) is None:
             raise InputError(
                 f"codec: expected one of {', '.join(NAMES)}, or rules like 'k=int8,v=int4' or "
@@ -110,5 +132,9 @@ def _rules(text: str) -> list[_Rule]:
         if match["first"] is not None:
             first = int(match["first"])
             layers = range(first, int(match["last"] or first) + 1)
+            if not layers:
+                raise InputError(
+                    f"codec: expected layers from low to high, such as 0-1, found {part!r:.80}"
+                )
         rules.append(_Rule(name=match["name"], role=match["role"], layers=layers))
     return rules

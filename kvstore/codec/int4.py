@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,8 +23,8 @@ GROUP_N_CHANNELS = 32
 class Int4:
     """Tag 5: exact tokens, scales, zeros, codes; a number is ``(code + zero) * scale``.
 
-    One scale and zero for 32 channels of a token (variant 1), or for a channel of a run of tokens
-    (2). A byte has two codes: those of channels ``i`` and ``n_channels / 2 + i``.
+    One scale and zero for 32 channels of a token or fewer (variant 1), or for a channel of a run of
+    tokens (2). A byte has two codes: those of channels ``i`` and ``n_channels / 2 + i``.
     """
 
     tag: ClassVar[int] = 5
@@ -34,7 +35,8 @@ class Int4:
     def encode(self, numbers: memoryview, block: Block) -> Codes | None:
         """Four bytes a group, half a byte a number."""
         n_exact = min(max(0, N_EXACT_TOKENS - block.start), block.n_tokens)
-        size = RUN_N_TOKENS if self.variant == BY_CHANNEL else GROUP_N_CHANNELS
+        by_token = math.gcd(GROUP_N_CHANNELS, block.n_channels // 2)
+        size = RUN_N_TOKENS if self.variant == BY_CHANNEL else by_token
         head = Head(self.variant, size, n_exact)
         if not _fits(head, block) or not can_hold(numbers, block):
             return None

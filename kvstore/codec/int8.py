@@ -7,7 +7,15 @@ from typing import ClassVar
 
 from kvstore.codec.base import Codes, Head
 from kvstore.codec.block import Block
-from kvstore.codec.integers import BY_CHANNEL, BY_TOKEN, RUN_N_TOKENS, can_hold, grid_of, joined
+from kvstore.codec.integers import (
+    BY_CHANNEL,
+    BY_TOKEN,
+    MAX_GROUP_SIZE,
+    RUN_N_TOKENS,
+    can_hold,
+    grid_of,
+    joined,
+)
 from kvstore.codec.kernels import Grid, kernels
 from kvstore.errors import DecodeError
 
@@ -26,9 +34,10 @@ class Int8:
 
     def encode(self, numbers: memoryview, block: Block) -> Codes | None:
         """Two bytes a scale, one a number."""
-        if not can_hold(numbers, block):
+        size = RUN_N_TOKENS if self.variant == BY_CHANNEL else block.head_dim
+        if size > MAX_GROUP_SIZE or not can_hold(numbers, block):
             return None
-        head = Head(self.variant, RUN_N_TOKENS if self.variant == BY_CHANNEL else block.head_dim)
+        head = Head(self.variant, size)
         return Codes(head, joined(kernels().quantize8(numbers, block.dtype, _grid(head, block))))
 
     def codes_nbytes(self, head: Head, block: Block) -> int:

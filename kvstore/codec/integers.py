@@ -15,8 +15,10 @@ BY_TOKEN, BY_CHANNEL = 1, 2
 RUN_N_TOKENS = 64
 """Tokens that share a channel's scale (KIVI's residual length is of this order)."""
 
-_MAX_MAGNITUDE = {"float32": 3e38, "float16": 6e4, "bfloat16": 3e38}
-"""Larger numbers are not quantized: half a step more could be beyond the dtype."""
+_MAX_MAGNITUDE = {"float32": 1.6e38, "float16": 6e4, "bfloat16": 1.6e38}
+"""Larger numbers are not quantized: their difference, or half a step more, could be too large."""
+
+MAX_GROUP_SIZE = 65535
 
 
 def grid_of(head: Head, block: Block) -> Grid:

@@ -75,6 +75,7 @@ def _info(row: sa.Row[*tuple[Any, ...]]) -> SessionInfo:
         )
     try:
         metadata = unpack_metadata(row.metadata)
+        codec_text = codec_text_of(row.adapter)
     except CorruptStoreError as error:
         raise CorruptStoreError(
             f"session {row.name!r}: {error}; `kvstore rm` deletes it, and a save replaces it"
@@ -84,7 +85,7 @@ def _info(row: sa.Row[*tuple[Any, ...]]) -> SessionInfo:
         name=row.name,
         namespace=row.namespace,
         fingerprint=_fingerprint(row),
-        codec=codec_text_of(row.adapter) or "exact",
+        codec=codec_text or "exact",
         n_tokens=row.n_tokens,
         n_stored_tokens=row.n_stored_tokens or 0,
         metadata=metadata,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from kvstore.errors import (
     CorruptStoreError,
@@ -40,6 +41,11 @@ def as_store_error(error: BaseException | None, path: Path) -> StoreError:
     """The ``StoreError`` that says what ``error`` means for the user of ``path``."""
     if isinstance(error, StoreError):
         return error
+    if isinstance(error, PoolTimeoutError):
+        return StoreBusyError(
+            f"{path}: too many threads use this store at once, and none of them ended its call in "
+            "time; try again, or share the work out among fewer"
+        )
     # The low byte is the primary result code: https://www.sqlite.org/rescode.html
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     match code:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from kvstore.errors import StorePathError
 from runtime_adapter.breakeven import FirstToken, break_even_n_tokens, measure_first_token
 from runtime_adapter.commands.demo import builtin_prompt, packaged
 from runtime_adapter.commands.progress import working
@@ -56,7 +57,7 @@ _TEXT_N_TOKENS = 1536 + 257
 )
 @click.option(
     "--n-generate",
-    type=click.IntRange(min=2),
+    type=click.IntRange(min=1),
     default=256,
     show_default=True,
     help="Tokens to generate and compare.",
@@ -91,10 +92,12 @@ def bench(
     if data is not None and model is None:
         raise click.UsageError("--data goes with --model")
     names = [name.strip() for name in codecs.split(";") if name.strip()]
+    if not names:
+        raise click.UsageError("--codecs: expected names between semicolons, found none")
     with contextlib.ExitStack() as stack:
         program = model or stack.enter_context(packaged("tiny-llama.pte"))
         ids = builtin_prompt(_TEXT_N_TOKENS) if prompt_ids is None else read_prompt_ids(prompt_ids)
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+        place = stack.enter_context(_temporary_folder(folder))
         opened = stack.enter_context(Model.open(program, data_path=data))
         with working("measuring codecs"):
             measures = measure_codecs(
@@ -128,6 +131,18 @@ def bench(
         click.echo(f'\ncheapest within "{auto}": {chosen.codec}')
 
 
+@contextlib.contextmanager
+def _temporary_folder(within: Path | None) -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(dir=within)
+    except OSError as error:
+        raise StorePathError(
+            f"{within}: no folder can be made there ({error.strerror}); name another --folder"
+        ) from error
+    with folder as path:
+        yield Path(path)
+
+
 def _first_token_table(
     lengths: Sequence[FirstToken], codec: str, warm: int | None, cold: int | None
 ) -> str:
@@ -157,7 +172,7 @@ def _codec_table(measures: Sequence[CodecMeasure]) -> str:
     rows = [
         (
             *("codec", "smaller", "save ms", "restore ms", "perplexity", "mean KL", "max KL"),
-            *("mean/max logit error", "same top 1", "generated"),
+            *("mean/max logit error", "same top 1", "generated", "stored as"),
         )
     ]
     for one in measures:
@@ -174,6 +189,7 @@ def _codec_table(measures: Sequence[CodecMeasure]) -> str:
                 f"{drift.mean_logit_error:.4f} / {drift.max_logit_error:.3f}",
                 f"{drift.top1:.2%}",
                 f"{drift.generated_top1:.2%}",
+                one.stored_as + (f", {one.n_fallback_blobs} exactly" * bool(one.n_fallback_blobs)),
             )
         )
     first = measures[0]

@@ -144,7 +144,14 @@ def test_the_command_prints_both_tables_and_the_choice(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--model", "x.pte"], ["--prompt-ids", "x"], ["--data", "x"], ["--auto", "best"]]
+    "arguments",
+    [
+        ["--model", "x.pte"],
+        ["--prompt-ids", "x"],
+        ["--data", "x"],
+        ["--auto", "best"],
+        ["--codecs", ";"],
+    ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments):
     assert CliRunner().invoke(bench, arguments).exit_code == 2
