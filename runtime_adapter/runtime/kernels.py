@@ -29,6 +29,7 @@ _DTYPES = {
 }
 _SMALLEST_SCALE = 0x0080
 _MAX_ZERO = 32767.0
+_MAX_N_ROOMS = 4
 
 
 class TorchKernels:
@@ -154,11 +155,13 @@ _per_thread = threading.local()
 
 
 def _room(grid: Grid) -> _Room:
-    """This thread's memory for blobs of that grid; one grid's at a time."""
-    room: _Room | None = getattr(_per_thread, "room", None)
-    if room is None or room.grid != grid:
-        room = _per_thread.room = _Room(grid)
-    return room
+    """This thread's memory for blobs of that grid; K and V, first chunk and others, take turns."""
+    rooms: dict[Grid, _Room] = _per_thread.__dict__.setdefault("rooms", {})
+    if grid not in rooms:
+        if len(rooms) >= _MAX_N_ROOMS:
+            rooms.clear()
+        rooms[grid] = _Room(grid)
+    return rooms[grid]
 
 
 def _tensor(data: memoryview, dtype: str) -> torch.Tensor:
