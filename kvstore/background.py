@@ -7,8 +7,9 @@ import threading
 import traceback
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -114,12 +115,11 @@ class Workers(ThreadPoolExecutor):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Waiting:
-    """A snapshot on its way into the file, and the chunks there that it is going to build on."""
+    """A snapshot on its way into the file."""
 
     request: SaveRequest
     execute: Execute
     snapshot: Snapshot
-    chunk_ids: frozenset[int]
     own_nbytes: int
     ticket: _Ticket
 
@@ -137,6 +137,7 @@ class SaveQueue:
         self._max_nbytes = max_nbytes
         self._thread = Workers(1, thread_name_prefix="kvstore-save")
         self._turn = threading.Lock()  # who holds it begins a save
+        self._keeping = threading.RLock()  # no save is planned while another one deletes
         self._changed = threading.Condition()  # guards what follows; notified when a save ends
         self._waiting: deque[_Waiting] = deque()
         self._running: _Waiting | None = None
@@ -144,16 +145,24 @@ class SaveQueue:
         self._nbytes = 0
         self._n_users: Counter[int] = Counter()  # snapshots by the id of memory that they hold
         self._failed: list[_Ticket] = []
+        self._kept: dict[_Ticket, frozenset[int]] = {}  # what each is going to build on
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held for saves that are not in the file yet."""
         return self._nbytes
 
-    def kept_chunk_ids(self) -> frozenset[int]:
-        """Rows of the chunks that waiting saves are going to build on."""
-        with self._changed:
-            return frozenset().union(*(one.chunk_ids for one in self._waiting))
+    @contextmanager
+    def kept_chunk_ids(self) -> Iterator[frozenset[int]]:
+        """Rows of the chunks that saves are going to build on; meanwhile none are added.
+
+        Whoever deletes others stays in here until that is in the file: a save that is planned
+        then does not find them. May be entered again. Comes after the file's write lock.
+        """
+        with self._keeping:
+            with self._changed:
+                kept = frozenset().union(*self._kept.values())
+            yield kept
 
     def begin(self, request: SaveRequest, cache: LiveSource, execute: Execute) -> PendingSave:
         """Take a snapshot of what ``request`` needs of ``cache``, and save it behind the caller.
@@ -165,19 +174,19 @@ class SaveQueue:
         pending = PendingSave(self._database.path, request.name, ticket)
         own_nbytes = len(request.ids) * TOKEN_NBYTES + len(request.metadata)
         with self._turn:
-            reserved = self._reserve(request, own_nbytes)
-            if reserved is None:
+            plan = self._reserve(request, own_nbytes, ticket)
+            if plan is None:
                 result, error = _outcome(execute, request)
                 with self._changed:
                     self._settle(ticket, result, error)
                 return pending
-            plan, chunk_ids = reserved
             try:
                 snapshot = take(request, cache, plan)
             except BaseException:
                 with self._changed:
                     self._nbytes -= own_nbytes + plan.nbytes
                     self._let_go(plan.shared)
+                    del self._kept[ticket]
                 raise
             with self._changed:
                 self._hold(set(snapshot.copies) - set(plan.shared))
@@ -186,7 +195,6 @@ class SaveQueue:
                         request=replace(request, cache=snapshot),
                         execute=execute,
                         snapshot=snapshot,
-                        chunk_ids=chunk_ids,
                         own_nbytes=own_nbytes,
                         ticket=ticket,
                     )
@@ -228,24 +236,30 @@ class SaveQueue:
         return self._n_done + (self._running is not None) + len(self._waiting)
 
     def _reserve(
-        self, request: SaveRequest, own_nbytes: int
-    ) -> tuple[SnapshotPlan, frozenset[int]] | None:
-        """Room for a snapshot, as soon as there is; None if it has none even by itself."""
+        self, request: SaveRequest, own_nbytes: int, ticket: _Ticket
+    ) -> SnapshotPlan | None:
+        """Room for a snapshot, as soon as there is; None if it has none even by itself.
+
+        What it builds on is kept from now on.
+        """
         while True:
             with self._changed:
                 n_done = self._n_done
-            with db.read_transaction(self._database.engine) as connection:
+            # The transaction sees the file as it is at its first query: behind whoever deletes.
+            with db.read_transaction(self._database.engine) as connection, self._keeping:
                 wanted = plan_copy(connection, request)
+                with self._changed:
+                    running = [] if self._running is None else [self._running]
+                    others = [one.snapshot for one in (*running, *self._waiting)]
+                    plan = plan_snapshot(request, wanted, others)
+                    if self._nbytes + own_nbytes + plan.nbytes <= self._max_nbytes:
+                        self._nbytes += own_nbytes + plan.nbytes
+                        self._hold(plan.shared)
+                        self._kept[ticket] = wanted.chunk_ids
+                        return plan
+                    if n_done == self._n_begun:
+                        return None
             with self._changed:
-                running = [] if self._running is None else [self._running]
-                others = [one.snapshot for one in (*running, *self._waiting)]
-                plan = plan_snapshot(request, wanted, others)
-                if self._nbytes + own_nbytes + plan.nbytes <= self._max_nbytes:
-                    self._nbytes += own_nbytes + plan.nbytes
-                    self._hold(plan.shared)
-                    return plan, wanted.chunk_ids
-                if n_done == self._n_begun:
-                    return None
                 self._go_on()
                 # What ends meanwhile need not be copied any more, so it is planned again.
                 while self._n_done == n_done:
@@ -272,6 +286,7 @@ class SaveQueue:
             self._nbytes -= running.own_nbytes
             self._let_go(running.snapshot.copies)
             running.snapshot.clear()
+            del self._kept[running.ticket]
             self._settle(running.ticket, result, error)
             self._n_done += 1
             self._changed.notify_all()

@@ -8,9 +8,9 @@ ones; each is valid by itself. The last transaction publishes the session.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
@@ -319,7 +319,12 @@ class _Saver:
         need_nbytes = sum(blob.stored.nbytes for _, new in encoded for blob in new)
         counted = (self.n_new_tokens, self.n_fallback_blobs, self.raw_nbytes, self.stored_nbytes)
         try:
-            with write_transaction(self._engine) as connection:
+            with ExitStack() as committed, write_transaction(self._engine) as connection:
+
+                def kept() -> Collection[int]:
+                    """What is not deleted, and does not grow until all of this is in the file."""
+                    return committed.enter_context(request.kept())
+
                 session_id = None
                 if request.name is not None:
                     session_id = _check_name(connection, request, request.name)
@@ -331,7 +336,7 @@ class _Saver:
                         connection,
                         max_nbytes=request.max_nbytes,
                         need_nbytes=need_nbytes,
-                        held={*request.kept(), *(chunk.id for chunk in needed)},
+                        held={*kept(), *(chunk.id for chunk in needed)},
                     )
                 space = models.ensure_space(
                     connection,
@@ -352,12 +357,12 @@ class _Saver:
                     if lease_id is not None:
                         leases.drop(connection, lease_id)
                         lease_id = None
-                    self._publish(connection, space, session_id, tip.id, now)
+                    self._publish(connection, space, session_id, tip.id, now, kept)
                 elif tip is not None:
                     lease_id = leases.hold(connection, lease_id, tip.id, now_ms=now)
                 if request.max_nbytes is not None:
                     held = {chunk.id for chunk in (*needed, tip) if chunk is not None}
-                    held.update(request.kept())
+                    held.update(kept())
                     keep_budget(connection, max_nbytes=request.max_nbytes, held=held)
         except BaseException:
             self.n_new_tokens, self.n_fallback_blobs, self.raw_nbytes, self.stored_nbytes = counted
@@ -460,13 +465,14 @@ class _Saver:
         self.raw_nbytes += raw_nbytes
         self.stored_nbytes += stored_nbytes
 
-    def _publish(
+    def _publish(  # noqa: PLR0917  # as _insert
         self,
         connection: sa.Connection,
         space: SpaceRow,
         session_id: int | None,
         head_id: int,
         now: int,
+        kept: Callable[[], Collection[int]],
     ) -> None:
         """Make the session visible, and let go of what it replaces."""
         request = self._request
@@ -489,11 +495,11 @@ class _Saver:
             self.revision = sessions.revision_of(connection, session_id)
             if former_head_id not in (None, head_id):
                 self._thin(connection, space, former_head_id, head_id)
-                eviction.release(connection, former_head_id, held=request.kept())
+                eviction.release(connection, former_head_id, held=kept())
                 models.delete_unused(connection)
         for chunk_id in self._superseded:
             if chunk_id != head_id:
-                eviction.release(connection, chunk_id, held=request.kept())
+                eviction.release(connection, chunk_id, held=kept())
 
 
 def _encode_part(request: SaveRequest, write: Write, part: Part) -> NewBlob:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
@@ -43,8 +43,8 @@ class SaveRequest:
 
     ``codec_names`` has each tensor's codec, ``codec_text`` the lossy ones of them (empty if none
     is), for which ``lineage`` is without their marks. ``seen`` is the named session as its caller
-    last saw it, or None. ``kept`` gives the rows of chunks that other saves of this process are
-    going to build on: they are not deleted.
+    last saw it, or None. ``kept`` gives the rows of chunks that saves in the background are going
+    to build on: they are not deleted. None are added before it is left: after the commit.
     """
 
     cache: Source
@@ -60,7 +60,7 @@ class SaveRequest:
     codec_text: str
     codec_names: tuple[str, ...]
     seen: Revision | None
-    kept: Callable[[], Collection[int]]
+    kept: Callable[[], AbstractContextManager[Collection[int]]]
 
     @property
     def adapter(self) -> bytes:

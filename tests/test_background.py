@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import kvstore
+from kvstore import background
 from kvstore import save as saving
+from kvstore.db import eviction
 from kvstore.errors import (
     CacheMismatchError,
     ClosedStoreError,
@@ -633,6 +635,52 @@ def test_a_save_keeps_what_a_later_one_is_going_to_build_on(open_store, gate, ma
     assert second.result().n_tokens == 31
     assert load_exact(store, name="a").n_tokens == 29
     assert load_exact(store, name="b").n_tokens == 30
+
+
+@pytest.mark.parametrize("deleter", ["background", "another thread"])
+@pytest.mark.parametrize("max_bytes", [None, "10 MB"])
+def test_a_save_that_is_begun_while_another_deletes_does_not_build_on_what_goes(
+    open_store, monkeypatch, deleter, max_bytes
+):
+    store = open_store(chunk_n_tokens=8, max_bytes=max_bytes)
+    cache = computed(TOKENS)
+    save(store, TOKENS[:26], name="chat")
+    deletes, is_begun, release = threading.Event(), threading.Event(), eviction.release
+
+    def late(*arguments, **options):
+        deletes.set()
+        is_begun.wait(0.5)  # it is not before this one is in the file: then it waits in vain
+        release(*arguments, **options)
+
+    monkeypatch.setattr(eviction, "release", late)
+    with ThreadPoolExecutor(1) as threads:
+        if deleter == "background":
+            first = begin(store, cache, TOKENS[:3], name="chat")
+        else:
+            first = threads.submit(store.save_session, computed(TOKENS), TOKENS[:3], name="chat")
+        assert deletes.wait(60)
+        second = begin(store, cache, name="chat", replace=True)
+        is_begun.set()
+        assert first.result().n_tokens == 3
+    assert second.result().n_tokens == 30
+    assert load_exact(store, name="chat").n_tokens == 29
+
+
+def test_what_a_save_builds_on_is_kept_while_its_snapshot_is_taken(store, gate, monkeypatch):
+    cache = computed(TOKENS)
+    save(store, TOKENS[:26], name="chat")
+    take = background.take
+
+    def late(*arguments):
+        gate.open()
+        assert first.result(60).n_tokens == 3
+        return take(*arguments)
+
+    gate.shut()
+    first = begin(store, cache, TOKENS[:3], name="chat")
+    monkeypatch.setattr(background, "take", late)
+    assert begin(store, cache, name="chat").result(60).n_tokens == 30
+    assert load_exact(store, name="chat").n_tokens == 29
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
