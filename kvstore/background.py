@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,19 +99,33 @@ class PendingSave:
 
 
 class Workers(ThreadPoolExecutor):
-    """Threads; where the interpreter is ending and starts no more work, it is done at once."""
+    """Threads; where none can be started (the interpreter is ending), work is done at once."""
 
     def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
         """As in ``Executor``."""
+        future: Future[_T] = Future()
+        # Who takes it does it: what could not get a new thread stays in the queue of the others.
+        work = [partial(fn, *args, **kwargs)]
         try:
-            return super().submit(fn, *args, **kwargs)
+            super().submit(_do, work, future)
         except RuntimeError:
-            future: Future[_T] = Future()
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001  # whoever asks the future gets it
-                future.set_exception(error)
-            return future
+            _do(work, future)
+        return future
+
+
+def _do(work: list[partial[_T]], future: Future[_T]) -> None:
+    """Do the work, unless it is done already or nobody wants it any more."""
+    try:
+        call = work.pop()
+    except IndexError:
+        return
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(call())
+    except BaseException as error:  # noqa: BLE001  # whoever asks the future gets it
+        future.set_exception(error)
+        del future  # the error has this frame, and would keep itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,7 +150,7 @@ class SaveQueue:
     def __init__(self, database: Database, *, max_nbytes: int) -> None:
         self._database = database
         self._max_nbytes = max_nbytes
-        self._thread = Workers(1, thread_name_prefix="kvstore-save")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvstore-save")
         self._turn = threading.Lock()  # who holds it begins a save
         self._keeping = threading.RLock()  # no save is planned while another one deletes
         self._changed = threading.Condition()  # guards what follows; notified when a save ends
@@ -199,7 +214,7 @@ class SaveQueue:
                         ticket=ticket,
                     )
                 )
-            self._thread.submit(self._run_waiting)
+            self._go_on()
         return pending
 
     def wait(self, timeout: float | None = None) -> None:
@@ -208,8 +223,8 @@ class SaveQueue:
         Raises:
             SaveTimeoutError: they have not, after ``timeout`` seconds; they go on.
         """
+        self._go_on()
         with self._changed:
-            self._go_on()
             last = self._n_begun
             if not self._changed.wait_for(lambda: self._n_done >= last, _bounded(timeout)):
                 raise SaveTimeoutError(
@@ -259,28 +274,44 @@ class SaveQueue:
                         return plan
                     if n_done == self._n_begun:
                         return None
+            self._go_on()
             with self._changed:
-                self._go_on()
                 # What ends meanwhile need not be copied any more, so it is planned again.
                 while self._n_done == n_done:
                     self._changed.wait()
 
     def _go_on(self) -> None:
-        """Nobody waits for a save whose beginning was interrupted before the thread knew of it."""
-        if self._waiting:
+        """See to it that what waits is written, also where its beginning was interrupted.
+
+        By the thread; where it cannot be started (the interpreter is ending), by the caller.
+        """
+        if not self._waiting:
+            return
+        try:
             self._thread.submit(self._run_waiting)
+        except RuntimeError:
+            self._run_waiting()
 
     def _run_waiting(self) -> None:
-        """What the thread does: all saves that wait, the one that has waited longest first."""
+        """Write all saves that wait, the one that has waited longest first."""
         while self._run_next():
             pass
 
     def _run_next(self) -> bool:
         with self._changed:
+            while self._waiting and self._running is not None:  # on another thread
+                self._changed.wait()
             if not self._waiting:
                 return False
             running = self._running = self._waiting.popleft()
-        result, error = _outcome(running.execute, running.request)
+        try:
+            result, error = _outcome(running.execute, running.request)
+        except BaseException:  # a caller's thread was interrupted: the next call does it
+            with self._changed:
+                self._waiting.appendleft(running)
+                self._running = None
+                self._changed.notify_all()
+            raise
         with self._changed:
             self._running = None
             self._nbytes -= running.own_nbytes
@@ -347,7 +378,7 @@ def _outcome(
     """What a save gave, or the error it ended with."""
     try:
         return execute(request), None
-    except KeyboardInterrupt:  # of a save in the foreground: threads get none
+    except KeyboardInterrupt:  # of a save on a caller's thread: others get none
         raise
     except BaseException as error:  # noqa: BLE001  # whoever waits for it is told
         if not isinstance(error, KVStoreError):

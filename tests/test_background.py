@@ -527,6 +527,29 @@ def test_a_failure_that_is_not_ours_keeps_the_text_of_its_traceback(store, monke
     assert "in broken" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize("in_background", [True, False])
+def test_where_no_thread_can_be_started_work_is_done_once(store, monkeypatch, in_background):
+    start, encode, done = threading.Thread.start, saving._encode_part, []
+
+    def refuse(thread):
+        if thread.name.startswith("kvstore"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def counted(request, write, part):
+        done.append((write.key, part))
+        return encode(request, write, part)
+
+    monkeypatch.setattr(saving, "_encode_part", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        store.save_session(computed(TOKENS), TOKENS, name="a", background=in_background)
+        store.flush()
+    assert begin(store, computed(OTHERS), name="b").result(60).n_new_tokens == 30
+    store.close()  # waits for all that the threads have to do
+    assert len(done) == len(set(done)) > 0
+
+
 def test_an_interrupted_snapshot_leaves_nothing_behind(store):
     class Interrupted(BytesCache):
         reads = 0
@@ -867,6 +890,57 @@ def test_a_process_that_ends_finishes_its_saves_first(open_store, store_path, ru
     run_source(SAVE_AND_END + end, store_path)
     store = open_store(chunk_n_tokens=8)
     assert load_exact(store, name="chat").n_tokens == 99
+
+
+BEGIN_WHILE_IT_ENDS = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import kvstore
+from kvstore import save as saving
+from tests.fakes import BytesCache
+
+save, said = saving.save, []
+is_ending, is_overtaken = threading.Event(), threading.Event()
+
+def slow(database, request, workers):
+    said.append(f"begin {len(request.ids)}")
+    if len(request.ids) == 16:
+        is_ending.wait(60)
+        is_overtaken.wait(0.5)
+    else:
+        is_overtaken.set()
+    saved = save(database, request, workers)
+    said.append(f"end {len(request.ids)}")
+    return saved
+
+def chat():
+    while True:  # until the interpreter starts no more threads
+        try:
+            with ThreadPoolExecutor(1) as threads:
+                threads.submit(int)
+        except RuntimeError:
+            break
+    is_ending.set()
+    store.save_session(cache, range(32), name="chat", background=True)
+    store.flush()
+    print(*said, sep=", ", flush=True)
+
+store = kvstore.open(sys.argv[1], chunk_n_tokens=8)
+cache = BytesCache()
+cache.compute(range(32))
+saving.save = slow
+threading.Thread(target=chat).start()
+store.save_session(cache, range(16), name="chat", background=True)
+"""
+
+
+def test_saves_are_written_in_order_also_where_no_thread_is_started_any_more(
+    open_store, store_path, run_source
+):
+    assert run_source(BEGIN_WHILE_IT_ENDS, store_path) == "begin 16, end 16, begin 32, end 32\n"
+    store = open_store(chunk_n_tokens=8)
+    assert store.sessions()[0].n_tokens == 32
+    assert load_exact(store, name="chat").n_tokens == 31
 
 
 def test_a_process_that_ends_says_what_it_could_not_save(store_path, run_source):
