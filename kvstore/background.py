@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,7 @@ class PendingSave:
         """
         error = self.exception(timeout)
         if error is not None:
-            raise error
+            raise _to_raise(error)
         return self._ticket.future.result()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -156,6 +157,7 @@ class SaveQueue:
         self._changed = threading.Condition()  # guards what follows; notified when a save ends
         self._waiting: deque[_Waiting] = deque()
         self._running: _Waiting | None = None
+        self._is_saving_here = False  # without a snapshot, on the thread of who began it
         self._n_done = 0
         self._nbytes = 0
         self._n_users: Counter[int] = Counter()  # snapshots by the id of memory that they hold
@@ -191,9 +193,7 @@ class SaveQueue:
         with self._turn:
             plan = self._reserve(request, own_nbytes, ticket)
             if plan is None:
-                result, error = _outcome(execute, request)
-                with self._changed:
-                    self._settle(ticket, result, error)
+                self._save_here(request, execute, ticket)
                 return pending
             try:
                 snapshot = take(request, cache, plan)
@@ -240,7 +240,8 @@ class SaveQueue:
                 return None
             first = self._failed.pop(0)
             first.is_told = True
-            return first.future.exception()
+            error = first.future.exception()
+            return None if error is None else _to_raise(error)
 
     def close(self) -> None:
         """End the thread, after what waits for it."""
@@ -248,7 +249,22 @@ class SaveQueue:
 
     @property
     def _n_begun(self) -> int:
-        return self._n_done + (self._running is not None) + len(self._waiting)
+        n_running = (self._running is not None) + self._is_saving_here
+        return self._n_done + n_running + len(self._waiting)
+
+    def _save_here(self, request: SaveRequest, execute: Execute, ticket: _Ticket) -> None:
+        """Save what has no room as a snapshot; others wait for it as for any save."""
+        try:
+            with self._changed:
+                self._is_saving_here = True
+            result, error = _outcome(execute, request)
+            with self._changed:
+                self._settle(ticket, result, error)
+        finally:
+            with self._changed:
+                self._is_saving_here = False
+                self._n_done += 1
+                self._changed.notify_all()
 
     def _reserve(
         self, request: SaveRequest, own_nbytes: int, ticket: _Ticket
@@ -385,6 +401,19 @@ def _outcome(
             error.add_note("".join(traceback.format_exception(error)))
         _forget_frames(error)
         return None, error
+
+
+def _to_raise(error: BaseException) -> BaseException:
+    """A copy, if it can be copied: what is raised holds its callers' frames, and their caches."""
+    try:
+        other = copy(error)
+    except Exception:  # noqa: BLE001  # an error of somebody else's, made in its own way
+        return error.with_traceback(None)
+    if hasattr(error, "__notes__"):
+        other.__notes__ = list(error.__notes__)
+    other.__cause__, other.__context__ = error.__cause__, error.__context__
+    other.__suppress_context__ = error.__suppress_context__
+    return other
 
 
 def _forget_frames(error: BaseException) -> None:

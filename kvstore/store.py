@@ -34,7 +34,6 @@ from kvstore.errors import (
     ClosedStoreError,
     ForkedStoreError,
     InputError,
-    KVStoreError,
     ReadOnlyStoreError,
     SaveTimeoutError,
     SessionNotFoundError,
@@ -409,7 +408,8 @@ class Store:
     def close(self, timeout: float | None = None) -> None:
         """Wait for calls and saves in progress, write the last-used marks, let go of the file.
 
-        Closing twice is fine.
+        Closing twice is fine. While it waits, calls of other threads are refused already
+        (``ClosedStoreError``), also if it then raises and the store stays open.
 
         Raises:
             SaveTimeoutError: they were not done after ``timeout`` seconds; the store stays open.
@@ -463,10 +463,11 @@ class Store:
     ) -> None:
         try:
             self.close()
-        except KVStoreError as failure:
+        except Exception as failure:
             if exc is None:
                 raise
-            exc.add_note(f"and a save in the background failed: {failure}")
+            kind = type(failure).__name__
+            exc.add_note(f"and a save in the background, or closing, failed: {kind}: {failure}")
 
     def __repr__(self) -> str:
         return f"<kvstore.Store {str(self.path)!r}{' read-only' if self.read_only else ''}>"

@@ -273,6 +273,30 @@ def test_what_has_no_room_by_itself_waits_for_its_turn(open_store, gate):
     assert store.sessions()[0].n_tokens == 30
 
 
+@pytest.mark.parametrize("max_pending_bytes", [0, 1000])
+def test_what_is_saved_before_the_call_returns_is_waited_for_as_well(
+    open_store, monkeypatch, max_pending_bytes
+):
+    store = open_store(chunk_n_tokens=8, max_pending_bytes=max_pending_bytes)
+    is_begun, may_end, write = threading.Event(), threading.Event(), saving.save
+
+    def late(*arguments):
+        is_begun.set()
+        assert may_end.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(saving, "save", late)
+    with ThreadPoolExecutor(1) as threads:
+        saved = threads.submit(begin, store, computed(TOKENS), name="a")
+        assert is_begun.wait(60)
+        with pytest.raises(SaveTimeoutError):
+            store.flush(timeout=0.01)
+        threading.Timer(0.2, may_end.set).start()
+        assert [row.name for row in store.sessions()] == ["a"]
+        assert saved.result().done()
+    store.flush()
+
+
 @pytest.mark.parametrize("size", [-1, "lots", 1.5, None])
 def test_a_bound_that_is_none_is_refused(store_path, size):
     with pytest.raises(InputError):
@@ -548,6 +572,40 @@ def test_where_no_thread_can_be_started_work_is_done_once(store, monkeypatch, in
     assert begin(store, computed(OTHERS), name="b").result(60).n_new_tokens == 30
     store.close()  # waits for all that the threads have to do
     assert len(done) == len(set(done)) > 0
+
+
+@pytest.mark.parametrize("told_by", ["result", "flush"])
+def test_a_failure_that_was_told_does_not_hold_who_asked_for_it(store, monkeypatch, told_by):
+    def refused(*_):
+        raise DiskFullError("no room left")
+
+    def ask(pending):
+        cache = BytesCache(SMALL)  # as the caller's, in a frame that the error is raised through
+        with pytest.raises(DiskFullError, match="no room left"):
+            pending.result() if told_by == "result" else store.flush()
+        return weakref.ref(cache)
+
+    monkeypatch.setattr(saving, "save", refused)
+    pending = begin(store, computed(TOKENS), name="a")
+    caches = [ask(pending) for _ in range(3 if told_by == "result" else 1)]
+    gc.collect()
+    assert [cache() for cache in caches] == [None] * len(caches)
+    assert pending.exception().__traceback__ is None
+
+
+def test_the_error_of_a_with_block_stays_the_error_whatever_the_failure_is(store_path, monkeypatch):
+    def broken(*_):
+        raise MemoryError("not enough")
+
+    def use():
+        with kvstore.open(store_path) as store:
+            monkeypatch.setattr(saving, "save", broken)
+            begin(store, computed(TOKENS), name="a")
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        use()
+    assert "MemoryError: not enough" in caught.value.__notes__[0]
 
 
 def test_an_interrupted_snapshot_leaves_nothing_behind(store):
