@@ -57,6 +57,15 @@ class PendingSave:
         self._check_process()
         return self._ticket.future.done()
 
+    def did_well(self) -> bool:
+        """Whether it has ended, and well; asking so tells nobody of a failure."""
+        return self.done() and self._ticket.future.exception() is None
+
+    @property
+    def is_told(self) -> bool:
+        """Whether somebody was told how it ended: here, or by a flush or close."""
+        return self._ticket.is_told
+
     def result(self, timeout: float | None = None) -> SaveResult:
         """What the save did; waits for it, for ``timeout`` seconds at most.
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
@@ -33,6 +34,15 @@ if TYPE_CHECKING:
 
 Stop = Callable[[int], bool]
 _Saved = TypeVar("_Saved")
+
+
+@dataclass(slots=True)
+class _Behind:
+    """A save in the background, and what of its tokens is what is said still."""
+
+    pending: PendingSave
+    n_tokens: int
+    is_dirty: bool = False
 
 
 class Session:
@@ -93,7 +103,7 @@ class Session:
         self._is_appending = False
         self._is_closed = False
         self._is_stored = False
-        self._saves_behind = False
+        self._behind: list[_Behind] = []
         self._overflow: Overflow | None = None
         self._saver = BackgroundSaver(store) if store is not None and autosave else None
         self._resumed: SessionResult | None = None
@@ -446,22 +456,26 @@ class Session:
             raise InputError("save: expected a session with a store, found none")
         if not background:
             return self._save(self._store, name=self._name)
-        self._saves_behind = True
-        return self._saved_by(self._store, self._name, self._store_behind)
+        pending = self._saved_by(self._store, self._name, self._store_behind)
+        self._behind.append(_Behind(pending, self.n_tokens))
+        return pending
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until what autosave and ``save(background=True)`` have begun is in the file.
 
         Raises:
             SaveTimeoutError: it is not, after ``timeout`` seconds; the saves go on.
-            KVStoreError: it could not be saved.
+            KVStoreError: one of this session's saves failed, and nobody was told: the first such
+                failure. The next call goes on behind it.
         """
         began = time.monotonic()
         if self._saver is not None:
             self._saver.wait(timeout)
-        if self._saves_behind and self._store is not None:
-            spent = time.monotonic() - began
-            self._store.flush(None if timeout is None else max(0.0, timeout - spent))
+        for behind in self._behind:
+            if not behind.pending.is_told:
+                spent = time.monotonic() - began
+                behind.pending.result(None if timeout is None else max(0.0, timeout - spent))
+        self._settle_behind()
 
     def close(self) -> None:
         """End its use. With ``autosave``, all of it is stored first; the model stays open.
@@ -583,6 +597,10 @@ class Session:
         """What is stored of the tokens from ``start`` on is not what is said any more."""
         if self._saver is not None:
             self._saver.settle()
+        self._settle_behind()
+        for behind in self._behind:
+            behind.is_dirty = behind.is_dirty or start < behind.n_tokens
+            behind.n_tokens = min(behind.n_tokens, start)
         self._is_dirty = self._is_dirty or start < self._saved_n_tokens
         self._saved_n_tokens = min(self._saved_n_tokens, start)
 
@@ -614,14 +632,17 @@ class Session:
             self._follower.feed(n_computed)
         if self._saver is not None:
             self._saver.settle()  # two saves of one name at once would be in conflict
+        self._settle_behind()
         claim = self._claim if name == self._name else None
         if claim is not None:
             claim.check()
         saved = save(store, name)
+        if name == self._name:
+            self._is_stored = True
         if claim is not None:
             # In the background already now: whoever begins the name next waits for this save.
             claim.renew()
-        if name == self._name:
+        if name == self._name and not isinstance(saved, PendingSave):
             self._saved(self.n_tokens)
         return saved
 
@@ -646,7 +667,22 @@ class Session:
             background=True,
         )
 
+    def _settle_behind(self) -> None:
+        """Note what was saved in the background, as soon as it is in the file.
+
+        What failed there leaves all as it was: the next save of the name may do what it might.
+        """
+        left = []
+        for behind in self._behind:
+            if behind.pending.did_well():
+                self._replaces = False
+                self._saved_n_tokens, self._is_dirty = behind.n_tokens, behind.is_dirty
+            elif not behind.pending.is_told:
+                left.append(behind)
+        self._behind = left
+
     def _saved(self, n_tokens: int) -> None:
+        self._settle_behind()  # those were begun before, and so have ended
         self._replaces, self._saved_n_tokens = False, n_tokens
         self._is_stored, self._is_dirty = True, False
 
@@ -662,6 +698,7 @@ class Session:
         if self._is_appending and cache.n_tokens == self.n_tokens:
             return  # the last piece: now it can have its name
         saver.settle()
+        self._settle_behind()
         n_tokens, chunk_n_tokens = cache.n_tokens, store.chunk_n_tokens
         is_full = n_tokens // chunk_n_tokens > self._saved_n_tokens // chunk_n_tokens
         if not (is_full or self._is_dirty):

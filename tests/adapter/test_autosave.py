@@ -19,6 +19,7 @@ import kvstore  # noqa: E402  after the check that they are there
 from kvstore import save as saving  # noqa: E402
 from kvstore.errors import (  # noqa: E402
     BudgetError,
+    DiskFullError,
     InputError,
     MetadataError,
     ProgramError,
@@ -467,3 +468,77 @@ def test_a_failure_in_the_background_is_told_by_flush_and_saved_later(tmp_path):
             session.save(background=True).result()
         assert store.sessions() == []
         assert store.verify().ok
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """Names whose saves find a full disk."""
+    names, save = set(), saving.save
+
+    def refuse(database, request, workers):
+        if request.name in names:
+            raise DiskFullError(f"no room left for {request.name}")
+        return save(database, request, workers)
+
+    monkeypatch.setattr(saving, "save", refuse)
+    return names
+
+
+def test_a_save_that_fails_behind_does_not_lose_the_right_to_the_name(refusing, tmp_path):
+    with kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store:
+        with Model.open(programs.path("stock_fp32")) as model:
+            session = Session(model, store, "chat")
+            session.append(PROMPT)
+            session.save()
+        with Model.open(programs.path("plain")) as model:
+            session = Session(model, store, "chat")
+            session.append([1, 2, 3])
+            refusing.add("chat")
+            with pytest.raises(DiskFullError):
+                session.save(background=True).result()
+            refusing.clear()
+            assert session.save(background=True).result().n_tokens == 43
+            assert Session(model, store, "chat").tokens == session.tokens
+
+
+def test_a_save_that_fails_behind_leaves_an_autosave_to_be_done(refusing, tmp_path):
+    """What was taken back is stored by the next autosave, though no chunk becomes complete."""
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        session = Session(model, store, "chat", autosave=True)
+        session.append(PROMPT)
+        session.flush()
+        refusing.add("chat")
+        session.rewind(to=20)
+        with pytest.raises(DiskFullError):
+            session.flush()
+        with pytest.raises(DiskFullError):
+            session.save(background=True).result()
+        refusing.clear()
+        session.append([1])
+        session.flush()
+        assert store.sessions()[0].n_tokens == 21
+        session.close()
+
+
+def test_flush_tells_of_this_sessions_failures_only(refusing, tmp_path):
+    with (
+        Model.open(programs.path("stock_fp32")) as model,
+        kvstore.open(tmp_path / "s.db", chunk_n_tokens=CHUNK) as store,
+    ):
+        one, other = Session(model, store, "one"), Session(model, store, "other")
+        one.append(PROMPT)
+        other.append(PROMPT)
+        refusing.add("other")
+        one.save(background=True)
+        pending = [other.save(background=True) for _ in range(3)]
+        assert isinstance(pending[0].exception(), DiskFullError)  # told, so not again
+        one.flush()
+        for _ in range(2):
+            with pytest.raises(DiskFullError, match="for other"):
+                other.flush()
+        other.flush()
+        store.flush()
+        assert [row.name for row in store.sessions()] == ["one"]
