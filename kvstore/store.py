@@ -207,8 +207,10 @@ class Store:
             SessionConflictError: ``name`` belongs to another model's session, or another
                 process saved it since this store loaded or saved it, or looked for it in
                 vain; and ``replace`` is False.
-            BudgetError: ``max_bytes`` cannot hold it.
-            StoreBusyError: in the background only: another process deleted what the file
+            BudgetError: ``max_bytes`` cannot hold it; in the background, beside what saves begun
+                meanwhile are going to build on, which is not evicted.
+            StoreBusyError: in the background only: another process, or a delete or prune on
+                another thread, deleted what the file
                 had when the save was begun, and nothing was copied of; save again.
             StoreError: the file cannot be written (full disk, read-only, busy).
         """
