@@ -101,7 +101,7 @@ def begin(store, cache, tokens=None, **options):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("n_pending", [1, 3])
+@pytest.mark.parametrize("n_pending", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_file_is_as_if_every_save_had_been_in_the_foreground(
     open_store, tmp_path, gate, name, n_pending
 ):
@@ -943,7 +943,16 @@ for stop in (20, 60, 100):
 """
 
 
-@pytest.mark.parametrize("end", ["", "sys.exit(0)", "del store, pending", "store.close()"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "",
+        *(
+            pytest.param(end, marks=pytest.mark.slow)
+            for end in ("sys.exit(0)", "del store, pending", "store.close()")
+        ),
+    ],
+)
 def test_a_process_that_ends_finishes_its_saves_first(open_store, store_path, run_source, end):
     run_source(SAVE_AND_END + end, store_path)
     store = open_store(chunk_n_tokens=8)

@@ -129,7 +129,7 @@ def test_every_decision_record_is_in_the_index():
 @pytest.mark.adapter
 def test_every_registered_command_loads_and_bears_its_name():
     registered = importlib.metadata.entry_points(group="kvstore.commands")
-    assert {entry.name for entry in registered} == {"annotate", "demo", "inspect"}
+    assert {entry.name for entry in registered} == {"annotate", "bench", "demo", "inspect"}
     for entry in registered:
         assert entry.load().name == entry.name
 

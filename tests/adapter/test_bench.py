@@ -122,6 +122,7 @@ def test_break_even_is_from_where_on_restoring_always_wins(gains, expected):
     assert break_even_n_tokens(measured, is_cold=True) is None
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_tables_and_the_choice(tiny, tmp_path):
     ids, folder = tmp_path / "ids.json", tmp_path / "stores"
     ids.write_text(json.dumps(builtin_prompt(60)))
