@@ -21,6 +21,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(annotate, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_it_writes_the_copy_and_prints_the_names(tmp_path: Path) -> None:
     target = tmp_path / "out.pte"
     result = run(programs.path("stock_fp32"), target)

@@ -58,7 +58,6 @@ def uninterrupted(path, n_tokens):
 @pytest.mark.parametrize(
     ("name", "n_kills"),
     [
-        ("stock_fp32", 1),
         pytest.param("stock_fp32", 4, marks=pytest.mark.slow),
         pytest.param("lfm2", 6, marks=pytest.mark.slow),
     ],
