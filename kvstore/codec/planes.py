@@ -7,11 +7,11 @@ hardly compress. Apart from each other, the one is compressed and the others are
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvstore.codec.scratch import scratch
 from kvstore.codec.zstd import Zstd
 from kvstore.errors import DecodeError
 
@@ -32,7 +32,6 @@ _MIN_GAIN = 20
 """One part in so many has to be saved, or a plane is not worth decompressing."""
 
 _zstd = Zstd(long_matches_only=True)
-_per_thread = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,8 @@ class Planes:
         Raises:
             DecodeError: the bytes decode to anything but ``destination.nbytes`` bytes.
         """
+        import numpy as np
+
         bodies = _bodies(stored)
         n_numbers, rest = divmod(destination.nbytes, len(bodies))
         if rest:
@@ -78,12 +79,12 @@ class Planes:
                 f"planes blob: expected {len(bodies)} equal planes for {destination.nbytes} bytes"
             )
         n_widths = len(bodies).bit_length() - 1
-        scratch = _scratch(destination.nbytes * n_widths)
+        room = np.frombuffer(scratch("planes", destination.nbytes * n_widths), np.uint8)
         planes = [
-            _plane(method, body, scratch[number * n_numbers : (number + 1) * n_numbers])
+            _plane(method, body, room[number * n_numbers : (number + 1) * n_numbers])
             for number, (method, body) in enumerate(bodies)
         ]
-        _interleave(planes, destination, scratch[destination.nbytes :])
+        _interleave(planes, destination, room[destination.nbytes :])
 
 
 def _gains(shorter: memoryview, plane: memoryview) -> bool:
@@ -153,13 +154,3 @@ def _interleave(
         scratch = scratch[nbytes:]
     if len(joined) > 1:
         _interleave(joined, destination, scratch)
-
-
-def _scratch(nbytes: int) -> npt.NDArray[np.uint8]:
-    """This thread's memory to decompress into; grows to what the largest blob needs."""
-    import numpy as np
-
-    scratch: npt.NDArray[np.uint8] | None = getattr(_per_thread, "scratch", None)
-    if scratch is None or scratch.nbytes < nbytes:
-        scratch = _per_thread.scratch = np.empty(nbytes, np.uint8)
-    return scratch

@@ -9,12 +9,27 @@ from importlib.resources import as_file, files
 import pytest
 from click.testing import CliRunner
 
-from kvstore.errors import CapacityError, InputError, TokensError
+pytest.importorskip("torch")
+pytest.importorskip("executorch")
+
+from kvstore.errors import (
+    CapacityError,
+    InputError,
+    TokensError,
+)
 from runtime_adapter import Model
 from runtime_adapter.breakeven import FirstToken, break_even_n_tokens
 from runtime_adapter.commands.bench import bench
 from runtime_adapter.commands.demo import builtin_prompt
-from runtime_adapter.quality import BOUNDS, CodecMeasure, Drift, cheapest, measure_codecs
+from runtime_adapter.quality import (
+    BOUNDS,
+    CodecMeasure,
+    Drift,
+    cheapest,
+    measure_codecs,
+)
+
+pytestmark = pytest.mark.adapter
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("torch")
+pytest.importorskip("executorch")
+
 from kvstore import Grid, use_kernels
 from kvstore.codec import NumpyKernels, kernels
 from runtime_adapter import Model
 from runtime_adapter.runtime.kernels import TorchKernels
+
+pytestmark = pytest.mark.adapter
 
 DEFINITION, TORCH = NumpyKernels(), TorchKernels()
 DTYPES = ("float32", "float16", "bfloat16")
