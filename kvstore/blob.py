@@ -6,10 +6,10 @@ import sqlalchemy as sa
 
 from kvstore import codec
 from kvstore.checksum import blob_checksum
-from kvstore.codec import block_of
-from kvstore.db import blobs
+from kvstore.codec import Raw, block_of, scratch
 from kvstore.db.blobs import BlobRow, NewBlob
 from kvstore.db.engine import driver_connection
+from kvstore.db.payloads import DriverReader, PayloadReader
 from kvstore.errors import CorruptStoreError
 from kvstore.layout import TensorSpec
 from kvstore.prefix import Key
@@ -42,18 +42,32 @@ def encode_blob(
     )
 
 
-def decode_blob(
-    row: BlobRow, key: Key, spec: TensorSpec, stored: bytes, destination: memoryview
+def read_blob(
+    reader: PayloadReader, row: BlobRow, key: Key, spec: TensorSpec, destination: memoryview
 ) -> None:
-    """Fill ``destination`` with what ``stored`` decodes to, and check it.
+    """Fill ``destination`` with what a blob decodes to, and check it.
 
-    ``key`` is that of the chunk that owns the row, ``spec`` the tensor's.
+    ``key`` is that of the chunk that owns the row, ``spec`` the tensor's. What is stored as it is
+    is read to where it belongs.
 
     Raises:
-        CorruptStoreError: it does not decode to as many bytes, or to others than were stored.
+        CorruptStoreError: it is missing, or does not decode to as many bytes, or to others than
+            were stored.
+        sqlite3.Error: it cannot be read.
     """
-    block = block_of(spec, row.start, row.stop)
-    checked = codec.decode_into(row.codec, memoryview(stored), block, destination)
+    checked: tuple[memoryview, ...]
+    if row.codec == Raw.tag:
+        reader.read_into(row.payload_id, destination)
+        checked = (destination,)
+    else:
+        stored = scratch("stored", row.stored_nbytes)
+        reader.read_into(row.payload_id, stored)
+        if row.codec in codec.QUANTIZERS:
+            block = block_of(spec, row.start, row.stop)
+            checked = codec.decode_into(row.codec, stored, block, destination)
+        else:
+            codec.decode_exact_into(row.codec, stored, destination)
+            checked = (destination,)
     if blob_checksum(key, row.tensor, row.start, row.stop, checked) != row.checksum:
         raise CorruptStoreError("the checksum does not match what is stored")
 
@@ -64,5 +78,5 @@ def check_blob(connection: sa.Connection, row: BlobRow, key: Key, spec: TensorSp
     Raises:
         CorruptStoreError: it is missing or damaged.
     """
-    stored = blobs.read_payload(driver_connection(connection), row)
-    decode_blob(row, key, spec, stored, memoryview(bytearray(row.raw_nbytes)))
+    reader = DriverReader(driver_connection(connection))
+    read_blob(reader, row, key, spec, memoryview(bytearray(row.raw_nbytes)))

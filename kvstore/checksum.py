@@ -11,6 +11,8 @@ from kvstore.prefix import Key
 
 CHECKSUM_NBYTES = 16
 
+_IDENTITY = struct.Struct("<IQQ")
+
 
 def blob_checksum(
     key: Key, tensor: int, start: int, stop: int, parts: Iterable[memoryview]
@@ -23,7 +25,7 @@ def blob_checksum(
     swapped with another one fail like a flipped bit. It catches accidents; it
     does not authenticate.
     """
-    hasher = xxhash.xxh3_128(key + struct.pack("<IQQ", tensor, start, stop))
+    hasher = xxhash.xxh3_128(key + _IDENTITY.pack(tensor, start, stop))
     for part in parts:
         hasher.update(part)
     return hasher.digest()

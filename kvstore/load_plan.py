@@ -38,6 +38,11 @@ class LoadItem:
     start: int
     stop: int
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether that is all that the blob holds."""
+        return self.start == self.row.start and self.stop == self.row.stop
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadStep:

@@ -2,7 +2,7 @@
 
 Each thread reads a row on a connection of its own, decodes it straight into the live buffer and
 checks it there, then takes the next: nobody waits for a reader, and no thread holds more than one
-row. The caller's thread is one of them, on the connection that the plan was made on.
+row. The caller's thread is one of them.
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvstore import regions
-from kvstore.blob import decode_blob
-from kvstore.db import blobs
+from kvstore.blob import read_blob
+from kvstore.codec import scratch
+from kvstore.db.payloads import DriverReader, PayloadReader
 from kvstore.db.readers import Readers
 from kvstore.db.vendor import as_store_error
 from kvstore.errors import CorruptStoreError
 from kvstore.layout import LiveCache
 from kvstore.load_plan import LoadItem, LoadStep
 from kvstore.match import blob_raw_nbytes
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 _NBYTES_A_HELPER = 1 << 20
 """Stored bytes that are worth waking one more thread."""
@@ -44,27 +40,20 @@ class Crew:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """One blob; ``number`` is its place in the plan."""
+class _Failure:
+    """A blob that could not be put in place, its place in the plan, and why."""
 
     number: int
     item: LoadItem
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Failure:
-    """A blob that could not be put in place, and why."""
-
-    task: _Task
     error: CorruptStoreError | sqlite3.Error
 
 
 class Restore:
     """The blobs of a plan on their way into a live cache.
 
-    Helpers read on connections that may see a newer state of the file than the plan's: a row may
-    be gone, or its number be given to other content, which its checksum tells. What a helper
-    cannot read is read again on the plan's own connection; only that one's word counts.
+    Readers may see a newer state of the file than the plan's: a row may be gone, or its number be
+    given to other content, which its checksum tells. What they cannot read is read again on the
+    plan's own connection; only that one's word counts.
     """
 
     def __init__(self, cache: LiveCache, steps: Sequence[LoadStep], *, path: Path) -> None:
@@ -72,8 +61,8 @@ class Restore:
         self._steps = steps
         self._path = path
         items = [item for step in steps for item in step.items]
-        self._todo = deque(_Task(number=number, item=item) for number, item in enumerate(items))
-        self._given_back: list[_Task] = []
+        self._todo = deque(enumerate(items))
+        self._given_back: list[tuple[int, LoadItem]] = []
         self._placed: dict[int, LoadItem] = {}
 
     @property
@@ -91,7 +80,9 @@ class Restore:
         """Bytes that were put in place."""
         tensors = self._cache.layout.tensors
         return sum(
-            blob_raw_nbytes(tensors[item.row.tensor], item.start, item.stop)
+            item.row.raw_nbytes
+            if item.is_whole
+            else blob_raw_nbytes(tensors[item.row.tensor], item.start, item.stop)
             for item in self._placed.values()
         )
 
@@ -108,17 +99,19 @@ class Restore:
         Raises:
             StoreError: a blob cannot be read; all steps before its own are in place.
         """
-        nbytes = sum(item.row.stored_nbytes for step in self._steps for item in step.items)
+        nbytes = sum(item.row.stored_nbytes for _, item in self._todo)
         with self._helped(crew, n_helpers=min(crew.n_threads - 1, nbytes // _NBYTES_A_HELPER)):
-            failure = self._work(driver)
+            self._help(crew.readers)
+            # Only what is left because no connection could be had.
+            failure = self._work(DriverReader(driver))
             if failure is not None:
                 self._todo.clear()
         # No helper works any more. What they could not read may lie before a failure.
-        self._todo.extend(sorted(self._given_back, key=lambda task: task.number))
-        again = self._work(driver)
+        self._todo.extend(sorted(self._given_back, key=_number))
+        again = self._work(DriverReader(driver))
         failures = [one for one in (failure, again) if one is not None]
         if failures:
-            error = min(failures, key=lambda one: one.task.number).error
+            error = min(failures, key=_number_failed).error
             raise as_store_error(error, self._path) from error
 
     @contextmanager
@@ -142,46 +135,47 @@ class Restore:
         if not self._todo:
             return
         try:
-            with readers.lend() as driver:
-                failure = self._work(driver)
+            with readers.lend() as reader:
+                failure = self._work(reader)
                 if failure is not None:
-                    self._given_back.append(failure.task)
+                    self._given_back.append((failure.number, failure.item))
         except sqlite3.Error:
             return  # no connection to be had: the others go on without this one
 
-    def _work(self, driver: sqlite3.Connection) -> _Failure | None:
+    def _work(self, reader: PayloadReader) -> _Failure | None:
         """Take blobs in order and put them in place, until none is left or one fails."""
-        placer = _Placer(self._cache)
+        placer = _Placer(self._cache, reader)
         while True:
             try:
-                task = self._todo.popleft()
+                number, item = self._todo.popleft()
             except IndexError:
                 return None
             try:
-                placer.place(driver, task.item)
+                placer.place(item)
             except (CorruptStoreError, sqlite3.Error) as error:
-                return _Failure(task=task, error=error)
-            self._placed[task.number] = task.item
+                return _Failure(number=number, item=item, error=error)
+            self._placed[number] = item
 
 
 class _Placer:
-    """Puts one blob after another in place; one scratch serves all that are not one run there."""
+    """Puts one blob after another in place."""
 
-    def __init__(self, cache: LiveCache) -> None:
-        self._cache = cache
-        self._scratch: npt.NDArray[np.uint8] | None = None
+    def __init__(self, cache: LiveCache, reader: PayloadReader) -> None:
+        self._reader = reader
+        self._tensors = cache.layout.tensors
+        self._buffers = [cache.buffer(tensor) for tensor in range(len(self._tensors))]
 
-    def place(self, driver: sqlite3.Connection, item: LoadItem) -> None:
-        """Read and verify one blob, and put the wanted part of it in place."""
+    def place(self, item: LoadItem) -> None:
+        """Read and verify one blob, and put the wanted part of it in place.
+
+        What is not one run of memory there passes through a scratch.
+        """
         row = item.row
-        spec = self._cache.layout.tensors[row.tensor]
-        buffer = self._cache.buffer(row.tensor)
-        is_whole = (item.start, item.stop) == (row.start, row.stop)
-        there = regions.in_place(spec, buffer, row.start, row.stop) if is_whole else None
-        decoded = self._room(row.raw_nbytes) if there is None else there
+        spec, buffer = self._tensors[row.tensor], self._buffers[row.tensor]
+        there = regions.in_place(spec, buffer, row.start, row.stop) if item.is_whole else None
+        decoded = scratch("decoded", row.raw_nbytes) if there is None else there
         try:
-            stored = blobs.read_payload(driver, row)
-            decode_blob(row, item.key, spec, stored, decoded)
+            read_blob(self._reader, row, item.key, spec, decoded)
         except CorruptStoreError as error:
             raise CorruptStoreError(
                 f"chunk {item.key.hex()[:12]}, {spec.name}, tokens [{row.start}, {row.stop}): "
@@ -192,13 +186,13 @@ class _Placer:
             nbytes = blob_raw_nbytes(spec, item.start, item.stop)
             regions.scatter(spec, buffer, item.start, item.stop, decoded[first : first + nbytes])
 
-    def _room(self, nbytes: int) -> memoryview:
-        """``nbytes`` of the scratch, which grows to what the largest blob needs."""
-        import numpy as np
 
-        if self._scratch is None or self._scratch.nbytes < nbytes:
-            self._scratch = np.empty(nbytes, np.uint8)
-        return self._scratch[:nbytes].data
+def _number(one: tuple[int, LoadItem]) -> int:
+    return one[0]
+
+
+def _number_failed(one: _Failure) -> int:
+    return one.number
 
 
 def _settle(helpers: Sequence[Future[None]]) -> None:

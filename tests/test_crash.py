@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from kvstore import restore
 from kvstore.db.tables import FORMAT_VERSION
 from tests.conftest import start_python
 from tests.fakes import BytesCache, layout
@@ -276,77 +278,22 @@ def test_a_save_that_is_interrupted_by_an_exception_changes_nothing(store):
     assert load_exact(store, name="a", cache=BytesCache(SMALL)).n_tokens == 29
 
 
-def test_a_load_that_is_interrupted_leaves_a_shorter_exact_cache(store):
-    class Interrupted(BytesCache):
-        reads = 0
+def test_a_load_that_is_interrupted_leaves_a_shorter_exact_cache(store, monkeypatch):
+    read, n_reads = restore.read_blob, itertools.count(1)
 
-        def buffer(self, index):
-            self.reads += 1
-            if self.reads == 5:
-                raise KeyboardInterrupt
-            return super().buffer(index)
+    def interrupted(*arguments):
+        if next(n_reads) == 5:
+            raise KeyboardInterrupt
+        read(*arguments)
 
     whole = BytesCache(SMALL)
     whole.compute(range(30))
     store.save_session(whole, whole.tokens, name="a")
-    cache = Interrupted(SMALL)
+    cache = BytesCache(SMALL)
+    monkeypatch.setattr(restore, "read_blob", interrupted)
     with pytest.raises(KeyboardInterrupt):
         store.load_session(cache, name="a")
     n_tokens = len(cache.tokens)
     assert n_tokens < 29
     assert cache.used() == [slots[:n_tokens] for slots in whole.used()]
     assert load_exact(store, name="a", cache=cache).n_tokens == 29
-
-
-# Each turn begins saves in the background, and the process dies in the middle of them.
-BACKGROUND_WRITER = """
-import os, sys
-import kvstore
-from tests.fakes import BytesCache, layout
-
-store = kvstore.open(sys.argv[1], chunk_n_tokens=8)
-cache = BytesCache(layout(n_layers=1, n_kv_heads=1, dtype="float16", capacity_n_tokens=128))
-cache.compute(range(9))
-store.save_session(cache, cache.tokens, name="a", metadata={"n": 9}, replace=True)
-os.write(int(sys.argv[2]), b"!")
-turn = 0
-while True:
-    turn += 1
-    cache.truncate(len(cache.tokens) - 4)
-    cache.compute(range(turn, turn + 13))
-    options = {"metadata": {"n": len(cache.tokens)}, "background": True}
-    store.save_session(cache, cache.tokens, name="a", **options)
-    store.save_session(cache, cache.tokens[:11], name=f"b{turn % 3}", background=True)
-    if len(cache.tokens) > 100:
-        cache.truncate(9)
-    if turn % 16 == 0:
-        store.flush()
-"""
-
-
-def kill_forked(source, path, seconds):
-    ready, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            sys.argv[1:] = [str(path), str(tell)]
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # the child dies with it
-            exec(compile(source, "writer", "exec"), {"__name__": "writer"})
-        finally:
-            os._exit(3)
-    os.close(tell)
-    assert os.read(ready, 1) == b"!"
-    os.close(ready)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("n_kills", [6, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_process_killed_while_it_saves_in_the_background_leaves_a_sound_store(tmp_path, n_kills):
-    path = tmp_path / "sessions.db"
-    kvstore.open(path).close()
-    delays = random.Random(7)
-    for _ in range(n_kills):
-        kill_forked(BACKGROUND_WRITER, path, delays.random() * 0.25)
-        assert len(check(path)) == 1

@@ -20,20 +20,20 @@ TOKENS = list(range(100, 130))
 def test_an_interrupt_with_an_open_cursor_leaves_no_lock(open_store, monkeypatch):
     store = open_store(chunk_n_tokens=8)
     save(store, TOKENS, name="chat")
-    fetch = sa_cursor.CursorFetchStrategy.fetchone
+    fetch = sa_cursor.CursorFetchStrategy.fetchall
 
-    def interrupted(self, result, cursor, hard_close=False):
+    def interrupted(self, result, cursor):
         if cursor.description and cursor.description[0][0] == "payload_id":
             try:
                 raise KeyboardInterrupt
             except KeyboardInterrupt as error:
                 self.handle_exception(result, cursor, error)
-        return fetch(self, result, cursor, hard_close)
+        return fetch(self, result, cursor)
 
     gc.disable()  # a traceback that somebody keeps, as a notebook does, keeps the cursor too
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(sa_cursor.CursorFetchStrategy, "fetchone", interrupted)
+            patch.setattr(sa_cursor.CursorFetchStrategy, "fetchall", interrupted)
             with pytest.raises(KeyboardInterrupt) as kept:
                 store.delete_session("chat")
         other = open_store(chunk_n_tokens=8, busy_timeout_seconds=0)
@@ -48,7 +48,7 @@ def test_after_an_interrupted_load_nothing_writes_into_the_cache(open_store, mon
     store = open_store(chunk_n_tokens=8)
     save(store, TOKENS, name="chat")
     decoding, go_on = threading.Event(), threading.Event()
-    decode = restore.decode_blob
+    read = restore.read_blob
 
     def held_up(*arguments):
         if threading.current_thread() is threading.main_thread():
@@ -57,10 +57,10 @@ def test_after_an_interrupted_load_nothing_writes_into_the_cache(open_store, mon
             raise KeyboardInterrupt
         decoding.set()
         assert go_on.wait(60)
-        decode(*arguments)
+        read(*arguments)
 
     monkeypatch.setattr(restore, "_NBYTES_A_HELPER", 1)
-    monkeypatch.setattr(restore, "decode_blob", held_up)
+    monkeypatch.setattr(restore, "read_blob", held_up)
     cache = BytesCache()
     with pytest.raises(KeyboardInterrupt):
         store.load_session(cache, TOKENS)

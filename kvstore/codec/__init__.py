@@ -187,5 +187,6 @@ __all__ = [
     "kernels",
     "lossy_text",
     "may_lose",
+    "scratch",
     "use_kernels",
 ]

@@ -80,21 +80,10 @@ class Zstd:
     def decode_into(self, stored: memoryview, destination: memoryview) -> None:
         """Decompress straight into ``destination``."""
         try:
-            # The header is checked first: the decompressor would trust its size
-            # over any limit that it is given.
-            frame = zstandard.get_frame_parameters(stored)
-            if frame.content_size != destination.nbytes:
-                raise DecodeError(
-                    f"zstd blob: expected a frame of {destination.nbytes} bytes, "
-                    f"its header says {frame.content_size}"
-                )
-            # The decompressor's own limit does not hold where it decodes in one go.
-            if frame.window_size > _MAX_WINDOW_NBYTES:
-                raise DecodeError(
-                    f"zstd blob does not decode: expected a window of at most "
-                    f"{_MAX_WINDOW_NBYTES} bytes, found {frame.window_size}"
-                )
-            if (frame_nbytes := _frame_nbytes(stored, frame)) != stored.nbytes:
+            _check_header(stored, destination.nbytes)
+            # The decompressor passes over skippable and empty frames without a word, so reading on
+            # behind the frame does not show whether there is more.
+            if (frame_nbytes := _frame_nbytes(stored)) != stored.nbytes:
                 raise DecodeError(
                     f"zstd blob: expected a single frame of {stored.nbytes} bytes, "
                     f"found one of {frame_nbytes}"
@@ -115,13 +104,49 @@ class Zstd:
                 f"{'more' if left_over else filled_nbytes}"
             )
 
+    def decode(self, stored: memoryview, nbytes: int) -> bytes:
+        """What ``stored`` decompresses to, in memory of its own.
 
-def _frame_nbytes(stored: memoryview, frame: zstandard.FrameParameters) -> int:
-    """Where the first frame ends, by its block headers; 0 if it is a skippable frame.
+        One call where ``decode_into`` takes several, each of which lets other threads run and has
+        to wait for its turn to go on.
 
-    The decompressor passes over skippable and empty frames without a word, so
-    reading on behind the frame does not show whether there is more.
+        Raises:
+            DecodeError: that is not one frame of ``nbytes`` bytes.
+        """
+        try:
+            _check_header(stored, nbytes)
+            decoded = _decompressor().decompress(stored, nbytes, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise DecodeError(f"zstd blob does not decode: {error}") from error
+        if len(decoded) != nbytes:
+            raise DecodeError(f"zstd blob: expected {nbytes} bytes, found {len(decoded)}")
+        return decoded
+
+
+def _check_header(stored: memoryview, nbytes: int) -> None:
+    """Whether a frame says that it holds ``nbytes`` bytes, and decodes in bounded memory.
+
+    The decompressor would trust its header over any limit that it is given.
+
+    Raises:
+        DecodeError: it does not say so.
+        zstandard.ZstdError: it has no header.
     """
+    frame = zstandard.get_frame_parameters(stored)
+    if frame.content_size != nbytes:
+        raise DecodeError(
+            f"zstd blob: expected a frame of {nbytes} bytes, its header says {frame.content_size}"
+        )
+    # The decompressor's own limit does not hold where it decodes in one go.
+    if frame.window_size > _MAX_WINDOW_NBYTES:
+        raise DecodeError(
+            f"zstd blob does not decode: expected a window of at most "
+            f"{_MAX_WINDOW_NBYTES} bytes, found {frame.window_size}"
+        )
+
+
+def _frame_nbytes(stored: memoryview) -> int:
+    """Where the first frame ends, by its block headers; 0 if it is a skippable frame."""
     if bytes(stored[:4]) != _MAGIC:
         return 0
     position = zstandard.frame_header_size(stored)
@@ -132,4 +157,4 @@ def _frame_nbytes(stored: memoryview, frame: zstandard.FrameParameters) -> int:
             break  # cut short: the decompressor says so
         is_last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
         position += 3 + (1 if kind == _RLE_BLOCK else size)
-    return position + (4 if frame.has_checksum else 0)
+    return position + (4 if zstandard.get_frame_parameters(stored).has_checksum else 0)

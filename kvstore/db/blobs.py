@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -14,8 +13,7 @@ from kvstore.db.tables import blobs, payloads
 from kvstore.errors import CorruptStoreError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlobRow:
+class BlobRow(NamedTuple):
     """Where and how tokens ``[start, stop)`` of one tensor are stored.
 
     ``payload_nbytes`` is the length of the payload row, or None if it is
@@ -63,22 +61,27 @@ class NewBlob:
     is_fallback: bool = False
 
 
+_LAST_PAYLOAD = sa.select(sa.func.max(payloads.c.id))
+_INSERT_PAYLOAD = sa.insert(payloads)
+_INSERT = sa.insert(blobs)
+
+
 def insert(connection: sa.Connection, chunk_id: int, new_blobs: Sequence[NewBlob]) -> None:
     """Insert the blobs of one chunk, payloads in tensor order (so a load reads forward)."""
     if not new_blobs:
         return
     # Ids are given out here, under the write lock: one statement for all rows.
-    last_id = connection.execute(sa.select(sa.func.max(payloads.c.id))).scalar_one() or 0
+    last_id = connection.execute(_LAST_PAYLOAD).scalar_one() or 0
     payload_ids = range(last_id + 1, last_id + 1 + len(new_blobs))
     connection.execute(
-        sa.insert(payloads),
+        _INSERT_PAYLOAD,
         [
             {"id": payload_id, "data": blob.stored}
             for payload_id, blob in zip(payload_ids, new_blobs, strict=True)
         ],
     )
     connection.execute(
-        sa.insert(blobs),
+        _INSERT,
         [
             {
                 "chunk_id": chunk_id,
@@ -123,7 +126,7 @@ def of_chunks(
     found: dict[int, list[BlobRow] | CorruptStoreError] = {chunk_id: [] for chunk_id in chunk_ids}
     for first in range(0, len(chunk_ids), MAX_VARIABLES):
         some = chunk_ids[first : first + MAX_VARIABLES]
-        for row in connection.execute(_OF_CHUNKS, {"chunk_ids": some}):
+        for row in connection.execute(_OF_CHUNKS, {"chunk_ids": some}).all():
             rows = found[row[0]]
             if isinstance(rows, CorruptStoreError):
                 continue
@@ -134,48 +137,13 @@ def of_chunks(
     return found
 
 
-def read_payload(driver: sqlite3.Connection, row: BlobRow) -> bytes:
-    """The stored bytes of a blob, read on the driver's own connection.
-
-    Through a blob handle: unlike with a query's rows, other threads run while the bytes are
-    copied, and they are copied once less.
-
-    Raises:
-        CorruptStoreError: there is no such payload, or not one of ``row.stored_nbytes`` bytes.
-    """
-    try:
-        with driver.blobopen("payloads", "data", row.payload_id, readonly=True) as blob:
-            if len(blob) != row.stored_nbytes:
-                raise CorruptStoreError(
-                    f"payload {row.payload_id}: expected {row.stored_nbytes} bytes, "
-                    f"found {len(blob)}"
-                )
-            return blob.read()
-    except sqlite3.OperationalError as error:
-        # What cannot be opened as a blob; anything that goes wrong below has a code of its own.
-        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
-            raise
-        raise CorruptStoreError(f"payload {row.payload_id} is missing ({error})") from error
-
-
 def _row(row: sa.Row[*tuple[Any, ...]]) -> BlobRow:
     """The row, if its columns have the types that they must have."""
-    chunk_id, tensor, start, stop, codec, raw_nbytes, stored_nbytes, checksum, payload_id, n = row
-    numbers = (tensor, start, stop, codec, raw_nbytes, stored_nbytes, payload_id)
+    found = BlobRow(*row)
+    numbers = (*found[1:7], found.payload_id)
     if {*map(type, numbers)} != {int}:
-        raise CorruptStoreError(f"blob of chunk row {chunk_id}: a column is not an integer")
-    return BlobRow(
-        chunk_id=chunk_id,
-        tensor=tensor,
-        start=start,
-        stop=stop,
-        codec=codec,
-        raw_nbytes=raw_nbytes,
-        stored_nbytes=stored_nbytes,
-        checksum=checksum,
-        payload_id=payload_id,
-        payload_nbytes=n,
-    )
+        raise CorruptStoreError(f"blob of chunk row {found.chunk_id}: a column is not an integer")
+    return found
 
 
 def delete(connection: sa.Connection, row: BlobRow) -> None:
@@ -190,9 +158,17 @@ def delete(connection: sa.Connection, row: BlobRow) -> None:
     connection.execute(sa.delete(payloads).where(payloads.c.id == row.payload_id))
 
 
+_PAYLOADS_OF_CHUNK = sa.select(blobs.c.payload_id).where(
+    blobs.c.chunk_id == sa.bindparam("of_chunk")
+)
+_DELETE_OF_CHUNK = sa.delete(blobs).where(blobs.c.chunk_id == sa.bindparam("of_chunk"))
+_DELETE_PAYLOAD = sa.delete(payloads).where(payloads.c.id == sa.bindparam("payload"))
+
+
 def delete_of_chunk(connection: sa.Connection, chunk_id: int) -> None:
     """Delete the chunk's blobs, then their payloads."""
-    payload_ids = connection.execute(
-        sa.delete(blobs).where(blobs.c.chunk_id == chunk_id).returning(blobs.c.payload_id)
-    ).scalars()
-    connection.execute(sa.delete(payloads).where(payloads.c.id.in_(list(payload_ids))))
+    values = {"of_chunk": chunk_id}
+    payload_ids = connection.execute(_PAYLOADS_OF_CHUNK, values).scalars().all()
+    connection.execute(_DELETE_OF_CHUNK, values)
+    if payload_ids:
+        connection.execute(_DELETE_PAYLOAD, [{"payload": one} for one in payload_ids])

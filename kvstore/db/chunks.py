@@ -100,12 +100,16 @@ def _row(row: sa.Row[*tuple[Any, ...]]) -> ChunkRow:
     )
 
 
+# Statements are built once: building one takes longer than SQLite does with it.
+_BY_KEYS = sa.select(*_COLUMNS).where(chunks.c.key.in_(sa.bindparam("keys", expanding=True)))
+
+
 def by_keys(connection: sa.Connection, keys: Sequence[Key]) -> dict[Key, ChunkRow | None]:
     """The chunks that exist among ``keys``; None for one whose row is damaged."""
     found: dict[Key, ChunkRow | None] = {}
     for first in range(0, len(keys), MAX_VARIABLES):
         some = keys[first : first + MAX_VARIABLES]
-        for row in connection.execute(sa.select(*_COLUMNS).where(chunks.c.key.in_(some))):
+        for row in connection.execute(_BY_KEYS, {"keys": some}):
             try:
                 found[Key(row.key)] = _row(row)
             except CorruptStoreError:
@@ -120,17 +124,35 @@ def id_of(connection: sa.Connection, key: Key) -> int | None:
     return chunk_id
 
 
+_NEEDED_BY = sa.select(chunks.c.parent_id, chunks.c.base_id).where(
+    chunks.c.id == sa.bindparam("chunk_id")
+)
+
+
 def needed_by(connection: sa.Connection, chunk_id: int) -> list[int]:
     """The row ids of the chunks that this one continues and borrows from."""
-    query = sa.select(chunks.c.parent_id, chunks.c.base_id).where(chunks.c.id == chunk_id)
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(_NEEDED_BY, {"chunk_id": chunk_id}).one_or_none()
     return [] if row is None else [needed_id for needed_id in row if needed_id is not None]
+
+
+_BY_ID = sa.select(*_COLUMNS).where(chunks.c.id == sa.bindparam("chunk_id"))
 
 
 def by_id(connection: sa.Connection, chunk_id: int) -> ChunkRow | None:
     """The chunk with this row id."""
-    row = connection.execute(sa.select(*_COLUMNS).where(chunks.c.id == chunk_id)).one_or_none()
+    row = connection.execute(_BY_ID, {"chunk_id": chunk_id}).one_or_none()
     return None if row is None else _row(row)
+
+
+_SIBLINGS = sa.select(*_COLUMNS).where(
+    chunks.c.parent_key == sa.bindparam("parent_key"), chunks.c.extras == sa.bindparam("extras")
+)
+_NEIGHBOURS = (
+    _SIBLINGS.where(chunks.c.tokens <= sa.bindparam("ids"))
+    .order_by(chunks.c.tokens.desc())
+    .limit(1),
+    _SIBLINGS.where(chunks.c.tokens > sa.bindparam("ids")).order_by(chunks.c.tokens).limit(1),
+)
 
 
 def neighbours(
@@ -141,13 +163,8 @@ def neighbours(
     Among those with the same ``extras``. The longest common prefix with ``ids`` among all of
     these belongs to one of the two: two index seeks, however many siblings there are.
     """
-    tokens = to_big_endian(ids)
-    siblings = sa.select(*_COLUMNS).where(
-        chunks.c.parent_key == parent_key, chunks.c.extras == extras
-    )
-    before = siblings.where(chunks.c.tokens <= tokens).order_by(chunks.c.tokens.desc()).limit(1)
-    behind = siblings.where(chunks.c.tokens > tokens).order_by(chunks.c.tokens).limit(1)
-    rows = [connection.execute(query).one_or_none() for query in (before, behind)]
+    values = {"parent_key": parent_key, "extras": extras, "ids": to_big_endian(ids)}
+    rows = [connection.execute(query, values).one_or_none() for query in _NEIGHBOURS]
     return [_row(row) for row in rows if row is not None]
 
 
@@ -188,23 +205,24 @@ def insert(
     )
 
 
+_CHUNK_ID = sa.bindparam("chunk_id", type_=sa.Integer)
+_IS_NEEDED = sa.select(
+    sa.or_(
+        sa.exists().where(chunks.c.parent_id == _CHUNK_ID),
+        sa.exists().where(chunks.c.base_id == _CHUNK_ID),
+        leases.holding(_CHUNK_ID),
+        sa.exists().where(
+            sessions.c.head_id == _CHUNK_ID,
+            sessions.c.id.is_distinct_from(sa.bindparam("but_session_id", type_=sa.Integer)),
+        ),
+    )
+)
+
+
 def is_needed(connection: sa.Connection, chunk_id: int, *, but_session_id: int | None) -> bool:
     """Whether a child, a borrower, a lease or a session (but one) holds this chunk."""
-    held_by_session = sessions.c.head_id == chunk_id
-    if but_session_id is not None:
-        held_by_session &= sessions.c.id != but_session_id
-    return bool(
-        connection.execute(
-            sa.select(
-                sa.or_(
-                    sa.exists().where(chunks.c.parent_id == chunk_id),
-                    sa.exists().where(chunks.c.base_id == chunk_id),
-                    leases.holding(chunk_id),
-                    sa.exists().where(held_by_session),
-                )
-            )
-        ).scalar_one()
-    )
+    values = {"chunk_id": chunk_id, "but_session_id": but_session_id, **leases.now()}
+    return bool(connection.execute(_IS_NEEDED, values).scalar_one())
 
 
 def touch(connection: sa.Connection, chunk_ids: Iterable[int], *, now_ms: int) -> None:

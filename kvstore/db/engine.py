@@ -47,6 +47,22 @@ class _Connection(sqlite3.Connection):
             super().close()
 
 
+def uri_of(path: Path, access: Access) -> str:
+    """What SQLite opens the file by."""
+    mode = {"create": "rwc", "read": "ro", "immutable": "ro&immutable=1"}.get(access, "rw")
+    return f"{path.absolute().as_uri()}?mode={mode}"
+
+
+def reading_pragmas(mmap_nbytes: int) -> tuple[str, ...]:
+    """How every connection reads the file, which may be anybody's and damaged."""
+    return (
+        "trusted_schema = OFF",
+        "cell_size_check = ON",
+        # Said also when it is 0: SQLite may have been built with another default.
+        f"mmap_size = {mmap_nbytes}",
+    )
+
+
 def connector(
     path: Path,
     *,
@@ -65,8 +81,7 @@ def connector(
     ``mmap_nbytes`` at the start of the file are mapped: an I/O error there ends the process.
     Transactions are explicit: the driver's own are off.
     """
-    mode = {"create": "rwc", "read": "ro", "immutable": "ro&immutable=1"}.get(access, "rw")
-    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    uri = uri_of(path, access)
 
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -83,14 +98,12 @@ def connector(
                 connection.execute(f"PRAGMA page_size = {PAGE_SIZE_NBYTES}")
                 connection.execute(f"PRAGMA auto_vacuum = {INCREMENTAL}")
             connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute("PRAGMA trusted_schema = OFF")
-            connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("PRAGMA synchronous = FULL")
             # Some builds of SQLite overwrite what they delete: a save that replaces a tail would
             # write it once more, and again at the checkpoint.
             connection.execute("PRAGMA secure_delete = FAST").fetchall()
-            # Said also when it is 0: SQLite may have been built with another default.
-            connection.execute(f"PRAGMA mmap_size = {mmap_nbytes}")
+            for pragma in reading_pragmas(mmap_nbytes):
+                connection.execute(f"PRAGMA {pragma}")
             if views:
                 connection.execute("PRAGMA temp_store = MEMORY")
             for view in views:

@@ -27,26 +27,28 @@ class ChunkFacts:
     is_held: bool
 
 
+_FACTS = sa.select(
+    chunk_table.c.id,
+    chunk_table.c.parent_id,
+    chunk_table.c.base_id,
+    model_table.c.fingerprint.label("model"),
+    chunk_table.c.stored_nbytes,
+    chunk_table.c.last_used_at_ms,
+    leases.holding(chunk_table.c.id).label("is_held"),
+).select_from(
+    chunk_table.join(spaces, spaces.c.id == chunk_table.c.space_id).join(
+        model_table, model_table.c.id == spaces.c.model_id
+    )
+)
+
+
 def read_facts(connection: sa.Connection) -> list[ChunkFacts]:
     """The facts of every chunk in the file.
 
     Raises:
         CorruptStoreError: a row is damaged, or refers to one that is not there.
     """
-    query = sa.select(
-        chunk_table.c.id,
-        chunk_table.c.parent_id,
-        chunk_table.c.base_id,
-        model_table.c.fingerprint.label("model"),
-        chunk_table.c.stored_nbytes,
-        chunk_table.c.last_used_at_ms,
-        leases.holding(chunk_table.c.id).label("is_held"),
-    ).select_from(
-        chunk_table.join(spaces, spaces.c.id == chunk_table.c.space_id).join(
-            model_table, model_table.c.id == spaces.c.model_id
-        )
-    )
-    facts = [ChunkFacts(**row._mapping) for row in connection.execute(query)]
+    facts = [ChunkFacts(**row._mapping) for row in connection.execute(_FACTS, leases.now())]
     ids = {chunk.id for chunk in facts}
     for chunk in facts:
         if (
@@ -82,7 +84,7 @@ def evict_subtree(connection: sa.Connection, chunk_id: int) -> None:
         )
     )
     is_held = sa.select(subtree.c.id).where(leases.holding(subtree.c.id)).limit(1)
-    if connection.execute(is_held).one_or_none():
+    if connection.execute(is_held, leases.now()).one_or_none():
         return
     # What continues starts later; what borrows borrows more than its base does.
     leaf_first = (chunk_table.c.start.desc(), chunk_table.c.base_n_tokens.desc())
@@ -101,6 +103,9 @@ def release(connection: sa.Connection, chunk_id: int | None, *, held: Collection
         _delete(connection, candidate)
 
 
+_DELETE = sa.delete(chunk_table).where(chunk_table.c.id == sa.bindparam("chunk_id"))
+
+
 def _delete(connection: sa.Connection, chunk_id: int) -> None:
     blobs.delete_of_chunk(connection, chunk_id)
-    connection.execute(sa.delete(chunk_table).where(chunk_table.c.id == chunk_id))
+    connection.execute(_DELETE, {"chunk_id": chunk_id})

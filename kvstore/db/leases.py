@@ -24,11 +24,18 @@ def hold(connection: sa.Connection, lease_id: int | None, chunk_id: int, *, now_
     return insert_row(connection, leases, **values)
 
 
-def holding(chunk_id: sa.ColumnElement[int] | int) -> sa.Exists:
-    """Whether a save in progress holds that very chunk, as an SQL condition."""
+_IS_LIVE = leases.c.expires_at_ms.between(sa.bindparam("now_ms"), sa.bindparam("latest_ms"))
+
+
+def now() -> dict[str, int]:
+    """The parameters of statements with ``holding``."""
     now_ms = clock.now_ms()
-    is_live = leases.c.expires_at_ms.between(now_ms, now_ms + LEASE_MS)
-    return sa.exists().where(leases.c.chunk_id == chunk_id, is_live)
+    return {"now_ms": now_ms, "latest_ms": now_ms + LEASE_MS}
+
+
+def holding(chunk_id: sa.ColumnElement[int]) -> sa.Exists:
+    """Whether a save in progress holds that very chunk, as an SQL condition; see ``now``."""
+    return sa.exists().where(leases.c.chunk_id == chunk_id, _IS_LIVE)
 
 
 def drop(connection: sa.Connection, lease_id: int) -> None:
@@ -36,7 +43,9 @@ def drop(connection: sa.Connection, lease_id: int) -> None:
     connection.execute(sa.delete(leases).where(leases.c.id == lease_id))
 
 
-def drop_expired(connection: sa.Connection, *, now_ms: int) -> None:
+_DROP_EXPIRED = sa.delete(leases).where(~_IS_LIVE)
+
+
+def drop_expired(connection: sa.Connection) -> None:
     """Forget the leases of saves that never finished, or that began while the clock was wrong."""
-    is_live = leases.c.expires_at_ms.between(now_ms, now_ms + LEASE_MS)
-    connection.execute(sa.delete(leases).where(~is_live))
+    connection.execute(_DROP_EXPIRED, now())

@@ -48,6 +48,11 @@ def fingerprints(connection: sa.Connection) -> list[Fingerprint]:
         raise CorruptStoreError(f"models: {error}") from error
 
 
+_BY_ROOT = sa.select(spaces.c.id, spaces.c.model_id).where(
+    spaces.c.root_key == sa.bindparam("root")
+)
+
+
 def find_space(
     connection: sa.Connection,
     fingerprint: Fingerprint,
@@ -60,9 +65,7 @@ def find_space(
     root = root_key(
         fingerprint.model, chunk_n_tokens=chunk_n_tokens, namespace=namespace, adapter=adapter
     )
-    row = connection.execute(
-        sa.select(spaces.c.id, spaces.c.model_id).where(spaces.c.root_key == root)
-    ).one_or_none()
+    row = connection.execute(_BY_ROOT, {"root": root}).one_or_none()
     if row is None:
         return None
     return SpaceRow(
@@ -129,8 +132,15 @@ def ensure_space(
     )
 
 
+# Looked for space by space: there are few, and very many chunks.
+_DELETE_SPACES = sa.delete(spaces).where(
+    ~sa.exists().where(chunks.c.space_id == spaces.c.id),
+    ~sa.exists().where(sessions.c.space_id == spaces.c.id),
+)
+_DELETE_MODELS = sa.delete(models).where(~sa.exists().where(spaces.c.model_id == models.c.id))
+
+
 def delete_unused(connection: sa.Connection) -> None:
     """Delete spaces without chunks and sessions, then models without spaces."""
-    used_spaces = sa.union(sa.select(chunks.c.space_id), sa.select(sessions.c.space_id))
-    connection.execute(sa.delete(spaces).where(spaces.c.id.not_in(used_spaces)))
-    connection.execute(sa.delete(models).where(models.c.id.not_in(sa.select(spaces.c.model_id))))
+    connection.execute(_DELETE_SPACES)
+    connection.execute(_DELETE_MODELS)

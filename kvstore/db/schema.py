@@ -109,11 +109,15 @@ def open_database(
         engine.dispose()
         raise
     # A helper that would have to wait gives up: its load goes on without it.
-    connect = db.connector(path, access=access, busy_timeout_seconds=0, mmap_nbytes=mmap_nbytes)
+    readers = Readers(
+        db.connector(path, access=access, busy_timeout_seconds=0, mmap_nbytes=mmap_nbytes),
+        uri=db.uri_of(path, access),
+        pragmas=db.reading_pragmas(mmap_nbytes),
+    )
     return Database(
         path=path,
         engine=engine,
-        readers=Readers(connect),
+        readers=readers,
         read_only=newer or access != "write",
     )
 

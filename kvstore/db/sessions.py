@@ -103,20 +103,27 @@ def _fingerprint(row: sa.Row[*tuple[Any, ...]]) -> Fingerprint:
         raise CorruptStoreError(f"session {row.name!r}: {error}") from error
 
 
+_BY_NAME = (
+    sessions.c.namespace == sa.bindparam("namespace"),
+    sessions.c.name == sa.bindparam("name"),
+)
+_BY_ID = sessions.c.id == sa.bindparam("session_id")
+_INFO_BY_NAME, _INFO_BY_ID = _INFO.where(*_BY_NAME), _INFO.where(_BY_ID)
+
+
 def info(connection: sa.Connection, *, namespace: str, name: str) -> SessionInfo | None:
     """The session of that name."""
-    row = connection.execute(
-        _INFO.where(sessions.c.namespace == namespace, sessions.c.name == name)
-    ).one_or_none()
+    row = connection.execute(_INFO_BY_NAME, {"namespace": namespace, "name": name}).one_or_none()
     return None if row is None else _info(row)
+
+
+_ID_BY_NAME = sa.select(sessions.c.id).where(*_BY_NAME)
 
 
 def id_of(connection: sa.Connection, *, namespace: str, name: str) -> int | None:
     """The row id of the session of that name, whatever else its row says."""
-    query = sa.select(sessions.c.id).where(
-        sessions.c.namespace == namespace, sessions.c.name == name
-    )
-    session_id: int | None = connection.execute(query).scalar_one_or_none()
+    values = {"namespace": namespace, "name": name}
+    session_id: int | None = connection.execute(_ID_BY_NAME, values).scalar_one_or_none()
     return session_id
 
 
@@ -127,16 +134,18 @@ ABSENT: Revision = (-1, -1, -1)
 """What is remembered of a session that was looked for and was not there."""
 
 
+_REVISION = sa.select(sessions.c.id, sessions.c.updated_at_ms, sessions.c.n_tokens).where(_BY_ID)
+
+
 def revision_of(connection: sa.Connection, session_id: int) -> Revision:
     """The session's revision now."""
-    query = sa.select(sessions.c.id, sessions.c.updated_at_ms, sessions.c.n_tokens)
-    found: Revision = tuple(connection.execute(query.where(sessions.c.id == session_id)).one())
+    found: Revision = tuple(connection.execute(_REVISION, {"session_id": session_id}).one())
     return found
 
 
 def fingerprint_of(connection: sa.Connection, session_id: int) -> Fingerprint:
     """The fingerprint of the model whose session it is."""
-    return _fingerprint(connection.execute(_INFO.where(sessions.c.id == session_id)).one())
+    return _fingerprint(connection.execute(_INFO_BY_ID, {"session_id": session_id}).one())
 
 
 def all_in(connection: sa.Connection, *, namespace: str | None) -> list[SessionInfo]:
@@ -145,31 +154,30 @@ def all_in(connection: sa.Connection, *, namespace: str | None) -> list[SessionI
     return [_info(row) for row in connection.execute(query)]
 
 
+_WITH_LESS_THAN_SAVED = (
+    sa.select(sessions.c.id, sessions.c.name)
+    .select_from(sessions.outerjoin(chunks, chunks.c.id == sessions.c.head_id))
+    .where(
+        sessions.c.space_id == sa.bindparam("of_space"),
+        sa.func.coalesce(chunks.c.stop, 0) < sessions.c.n_tokens,
+    )
+    .order_by(sessions.c.updated_at_ms.desc())
+    .limit(sa.bindparam("at_most"))
+)
+
+
 def with_less_than_saved(
     connection: sa.Connection, *, space_id: int, limit: int
 ) -> list[tuple[int, str]]:
     """``(row id, name)`` of sessions that an eviction took K and V from, the last saved first."""
-    query = (
-        sa.select(sessions.c.id, sessions.c.name)
-        .select_from(sessions.outerjoin(chunks, chunks.c.id == sessions.c.head_id))
-        .where(
-            sessions.c.space_id == space_id,
-            sa.func.coalesce(chunks.c.stop, 0) < sessions.c.n_tokens,
-        )
-        .order_by(sessions.c.updated_at_ms.desc())
-        .limit(limit)
-    )
-    return [(row.id, row.name) for row in connection.execute(query)]
+    values = {"of_space": space_id, "at_most": limit}
+    return [(row.id, row.name) for row in connection.execute(_WITH_LESS_THAN_SAVED, values)]
 
 
 def tokens_of(connection: sa.Connection, session_id: int) -> TokenIds:
     """All token ids of a session."""
-    rows = connection.execute(
-        sa.select(session_tokens.c.tokens)
-        .where(session_tokens.c.session_id == session_id)
-        .order_by(session_tokens.c.start)
-    ).scalars()
-    slices = list(rows)
+    rows = connection.execute(_TOKEN_SLICES, {"session_id": session_id})
+    slices = [row.tokens for row in rows]
     if any(type(ids) is not bytes or len(ids) % TOKEN_NBYTES for ids in slices):
         raise CorruptStoreError(f"session row {session_id}: its token ids are not 64-bit integers")
     return from_big_endian(b"".join(slices))
@@ -207,11 +215,12 @@ def lineage_of(connection: sa.Connection, session_id: int) -> Lineage:
         raise CorruptStoreError(f"session row {session_id}: its edits: {error}") from error
 
 
+_HEAD = sa.select(sessions.c.head_id).where(_BY_ID)
+
+
 def head_of(connection: sa.Connection, session_id: int) -> int | None:
     """The row id of the chunk that holds the session's last token."""
-    head: int | None = connection.execute(
-        sa.select(sessions.c.head_id).where(sessions.c.id == session_id)
-    ).scalar_one_or_none()
+    head: int | None = connection.execute(_HEAD, {"session_id": session_id}).scalar_one_or_none()
     return head
 
 
@@ -224,16 +233,25 @@ def ends_in(connection: sa.Connection, chunk_id: int) -> bool:
     )
 
 
-def through_chunk(connection: sa.Connection, chunk_id: int) -> str | None:
-    """The name of a session whose tokens run through this chunk, if there is one."""
-    below = sa.select(sa.literal(chunk_id).label("id")).cte("below", recursive=True)
-    below = below.union(
+def _through_chunk() -> sa.Select[Any]:
+    below = sa.select(sa.bindparam("chunk_id", type_=sa.Integer).label("id"))
+    way = below.cte("below", recursive=True)
+    way = way.union(
         sa.select(chunks.c.id).where(
-            sa.or_(chunks.c.parent_id == below.c.id, chunks.c.base_id == below.c.id)
+            sa.or_(chunks.c.parent_id == way.c.id, chunks.c.base_id == way.c.id)
         )
     )
-    query = sa.select(sessions.c.name).join(below, below.c.id == sessions.c.head_id).limit(1)
-    name: str | None = connection.execute(query).scalar_one_or_none()
+    return sa.select(sessions.c.name).join(way, way.c.id == sessions.c.head_id).limit(1)
+
+
+_THROUGH_CHUNK = _through_chunk()
+
+
+def through_chunk(connection: sa.Connection, chunk_id: int) -> str | None:
+    """The name of a session whose tokens run through this chunk, if there is one."""
+    name: str | None = connection.execute(
+        _THROUGH_CHUNK, {"chunk_id": chunk_id}
+    ).scalar_one_or_none()
     return name
 
 
@@ -286,17 +304,20 @@ def delete(connection: sa.Connection, session_id: int) -> None:
     connection.execute(sa.delete(sessions).where(sessions.c.id == session_id))
 
 
+_TOKEN_SLICES = (
+    sa.select(session_tokens.c.start, session_tokens.c.tokens)
+    .where(session_tokens.c.session_id == sa.bindparam("session_id"))
+    .order_by(session_tokens.c.start)
+)
+
+
 def _put_tokens(
     connection: sa.Connection, session_id: int, ids: TokenIds, *, slice_n_tokens: int
 ) -> None:
     """Make the session's token rows spell ``ids``; unchanged rows are left alone."""
     stored = {
         row.start: row.tokens
-        for row in connection.execute(
-            sa.select(session_tokens.c.start, session_tokens.c.tokens).where(
-                session_tokens.c.session_id == session_id
-            )
-        )
+        for row in connection.execute(_TOKEN_SLICES, {"session_id": session_id})
     }
     wanted = {
         start: to_big_endian(array("Q", ids[start : start + slice_n_tokens]))

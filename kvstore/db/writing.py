@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import sqlalchemy as sa
 
-from kvstore import clock
 from kvstore.db import engine as db
 from kvstore.db import leases
 from kvstore.db.tables import FORMAT_VERSION
@@ -31,5 +30,5 @@ def write_transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
                 f"{FORMAT_VERSION}; another process upgraded it: update kvstore and open the "
                 "store again"
             )
-        leases.drop_expired(connection, now_ms=clock.now_ms())
+        leases.drop_expired(connection)
         yield connection
