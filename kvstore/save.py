@@ -47,6 +47,7 @@ from kvstore.thinning import thin_checkpoints
 
 _BATCH_NBYTES = 16 << 20
 _BATCH_N_CHUNKS = 8
+_JOB_NBYTES = 1 << 20
 _MAX_ATTEMPTS = 5
 _ESTIMATE_MARGIN = 1.25
 
@@ -91,7 +92,11 @@ class _Encoded:
     """A planned write with its blobs on the way."""
 
     write: Write
-    blobs: Sequence[Future[NewBlob]]
+    jobs: Sequence[Future[list[NewBlob]]]
+
+    def blobs(self) -> list[NewBlob]:
+        """All of them, when they are there."""
+        return [blob for job in self.jobs for blob in job.result()]
 
 
 class _Stale(Exception):  # noqa: N818  # control flow, never leaves this module
@@ -265,7 +270,7 @@ class _Saver:
             BudgetError: see there; nothing was written.
         """
         max_nbytes = self._request.max_nbytes
-        encoded = [blob.result() for item in first for blob in item.blobs]
+        encoded = [blob for item in first for blob in item.blobs()]
         raw_nbytes = sum(blob.raw_nbytes for blob in encoded)
         if max_nbytes is None or not raw_nbytes:
             return
@@ -304,17 +309,28 @@ class _Saver:
         return [
             _Encoded(
                 write=write,
-                blobs=[
-                    self._workers.submit(_encode_part, self._request, write, part)
-                    for part in write.parts
+                jobs=[
+                    self._workers.submit(_encode_parts, self._request, write, parts)
+                    for parts in self._in_jobs(write.parts)
                 ],
             )
             for write in batch
         ]
 
+    def _in_jobs(self, parts: Sequence[Part]) -> list[Sequence[Part]]:
+        """Cut ``parts`` into as much as is worth handing over to another thread at once."""
+        tensors = self._request.cache.layout.tensors
+        jobs, first, nbytes = [], 0, 0
+        for number, part in enumerate(parts, 1):
+            nbytes += blob_raw_nbytes(tensors[part.tensor], part.start, part.stop)
+            if nbytes >= _JOB_NBYTES or number == len(parts):
+                jobs.append(parts[first:number])
+                first, nbytes = number, 0
+        return jobs
+
     def _write(self, batch: Sequence[_Encoded], tip: Link | None, *, publish: bool) -> Link | None:
         """One transaction: insert the batch, then hold it by a lease or publish it."""
-        encoded = [(item.write, [blob.result() for blob in item.blobs]) for item in batch]
+        encoded = [(item.write, item.blobs()) for item in batch]
         request, now = self._request, clock.now_ms()
         need_nbytes = sum(blob.stored.nbytes for _, new in encoded for blob in new)
         counted = (self.n_new_tokens, self.n_fallback_blobs, self.raw_nbytes, self.stored_nbytes)
@@ -502,15 +518,20 @@ class _Saver:
                 eviction.release(connection, chunk_id, held=kept())
 
 
+def _encode_parts(request: SaveRequest, write: Write, parts: Sequence[Part]) -> list[NewBlob]:
+    return [_encode_part(request, write, part) for part in parts]
+
+
 def _encode_part(request: SaveRequest, write: Write, part: Part) -> NewBlob:
     """One blob; lossy only in a full chunk, which is written once and for all.
 
-    A tail is exact: its tokens are encoded again, from the same numbers, when it is full.
+    A tail is exact, and written in haste: its tokens are encoded again, from the same numbers,
+    when it is full.
     """
     cache, tensor = request.cache, part.tensor
     spec, name = cache.layout.tensors[tensor], request.codec_names[tensor]
-    if write.n_tokens < request.chunk_n_tokens and name in codec.LOSSY:
-        name = codec.EXACT
+    if write.n_tokens < request.chunk_n_tokens and name != codec.RAW:
+        name = codec.QUICK
     decoded = cache.read(tensor, part.start, part.stop)
     return encode_blob(
         write.key, tensor, spec, part.start, part.stop, decoded=decoded, codec_name=name
@@ -533,6 +554,6 @@ def _check_unchanged(connection: sa.Connection, chunk: ChunkRow | Link) -> None:
 def _settle(encoding: Sequence[_Encoded]) -> None:
     """Wait until no worker reads the live cache any more."""
     for item in encoding:
-        for blob in item.blobs:
-            if not blob.cancel():
-                blob.exception()
+        for job in item.jobs:
+            if not job.cancel():
+                job.exception()

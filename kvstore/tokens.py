@@ -65,6 +65,9 @@ def _values(tokens: Any) -> Iterable[Any]:
 
 def _check_ids(values: Iterable[Any]) -> list[int]:
     """``values`` as plain ints in ``[0, 2**63)``."""
+    values = list(values)
+    if {*map(type, values)} == {int} and min(values) >= 0 and max(values) < 2**63:
+        return values
     ids = []
     for index, value in enumerate(values):
         number = value if type(value) is int else _integer(value, index)

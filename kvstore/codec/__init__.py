@@ -30,6 +30,9 @@ CODECS: dict[int, Codec] = {codec.tag: codec for codec in (Raw(), Zstd(), Planes
 QUANTIZERS: dict[int, Quantizer] = {one.tag: one for one in (Half(), Int8(), Int4())}
 """Every quantizer that this version can read, by tag."""
 
+QUICK = "quick"
+"""The name of what is as ``exact``, for content that is going to be written anew: a tail."""
+
 _SAMPLE_NBYTES = 64 << 10
 """Codes whose first bytes do not lose a quarter are stored as they are, without trying the rest:
 decompressing would take longer than all else that a restore does with them.
@@ -123,7 +126,9 @@ def exact_codec(name: str, itemsize_nbytes: int) -> Codec:
     """The codec that writes numbers of so many bytes exactly."""
     if name == RAW:
         return Raw()
-    return Planes(itemsize_nbytes) if itemsize_nbytes in ITEMSIZES_NBYTES else Zstd()
+    if itemsize_nbytes in ITEMSIZES_NBYTES:
+        return Planes(itemsize_nbytes, is_quick=name == QUICK)
+    return Zstd()
 
 
 def _encode_codes(quantizer: Quantizer, codes: Codes) -> Encoded:
@@ -166,6 +171,7 @@ __all__ = [
     "LOSSY",
     "NAMES",
     "QUANTIZERS",
+    "QUICK",
     "RAW",
     "Block",
     "Codec",

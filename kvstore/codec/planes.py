@@ -31,17 +31,21 @@ _SAMPLE_NBYTES = 4 << 10
 _MIN_GAIN = 20
 """One part in so many has to be saved, or a plane is not worth decompressing."""
 
-_zstd = Zstd(long_matches_only=True)
+_thorough, _quick = Zstd(long_matches_only=True), Zstd(entropy_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """Tag 2: the number of planes, for each how it is stored and how long, then the planes."""
+    """Tag 2: the number of planes, for each how it is stored and how long, then the planes.
+
+    ``is_quick`` writes a plane that is about a tenth longer in a fifth of the time.
+    """
 
     tag: ClassVar[int] = 2
     name: ClassVar[str] = "planes"
 
     itemsize_nbytes: int = 2
+    is_quick: bool = False
 
     def encode(self, data: memoryview) -> memoryview:
         """``data``, whole numbers of ``itemsize_nbytes`` bytes each, as planes.
@@ -56,8 +60,8 @@ class Planes:
         for number in range(self.itemsize_nbytes):
             plane = np.ascontiguousarray(numbers[:, number]).data
             method, body = _RAW, plane
-            if _gains(_zstd.encode(plane[:_SAMPLE_NBYTES]), plane[:_SAMPLE_NBYTES]):
-                compressed = _zstd.encode(plane)
+            if _gains(_quick.encode(plane[:_SAMPLE_NBYTES]), plane[:_SAMPLE_NBYTES]):
+                compressed = (_quick if self.is_quick else _thorough).encode(plane)
                 if _gains(compressed, plane):
                     method, body = _ZSTD, compressed
             headers.append(_PLANE.pack(method, body.nbytes))
@@ -115,7 +119,7 @@ def _plane(method: int, body: memoryview, nbytes: int) -> npt.NDArray[np.uint8]:
     import numpy as np
 
     if method == _ZSTD:
-        return np.frombuffer(_zstd.decode(body, nbytes), np.uint8)
+        return np.frombuffer(_thorough.decode(body, nbytes), np.uint8)
     if body.nbytes != nbytes:
         raise DecodeError(f"planes blob: expected a plane of {nbytes} bytes, found {body.nbytes}")
     return np.frombuffer(body, np.uint8)

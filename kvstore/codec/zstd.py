@@ -27,23 +27,36 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     return decompressor
 
 
-def _compressor(*, long_matches_only: bool) -> zstandard.ZstdCompressor:
+def _compressor(one: Zstd) -> zstandard.ZstdCompressor:
     """This thread's compressor of that kind."""
-    made: dict[bool, zstandard.ZstdCompressor] = _per_thread.__dict__.setdefault("compressors", {})
-    if long_matches_only not in made:
-        made[long_matches_only] = (
-            zstandard.ZstdCompressor(compression_params=_long_matches_only())
-            if long_matches_only
+    made: dict[Zstd, zstandard.ZstdCompressor] = _per_thread.__dict__.setdefault("compressors", {})
+    if one not in made:
+        made[one] = (
+            zstandard.ZstdCompressor(
+                compression_params=_without_chance(with_long_matches=one.long_matches_only)
+            )
+            if one.long_matches_only or one.entropy_only
             else zstandard.ZstdCompressor(level=1, write_content_size=True)
         )
-    return made[long_matches_only]
+    return made[one]
 
 
-def _long_matches_only() -> zstandard.ZstdCompressionParameters:
-    """Matches of 16 bytes or more from anywhere, and next to no others: what is left is entropy.
+def _without_chance(*, with_long_matches: bool) -> zstandard.ZstdCompressionParameters:
+    """Matches of 16 bytes or more from anywhere, or none; what is left is entropy.
 
     The finder of short matches cannot be turned off; with so small a table it finds none by chance.
     """
+    long_matches = (
+        {
+            "enable_ldm": True,
+            "ldm_min_match": 16,
+            "ldm_hash_log": 13,
+            "ldm_bucket_size_log": 2,
+            "ldm_hash_rate_log": 0,
+        }
+        if with_long_matches
+        else {"enable_ldm": False}
+    )
     return zstandard.ZstdCompressionParameters(
         write_content_size=True,
         strategy=zstandard.STRATEGY_FAST,
@@ -51,11 +64,7 @@ def _long_matches_only() -> zstandard.ZstdCompressionParameters:
         hash_log=6,
         min_match=7,
         target_length=0,
-        enable_ldm=True,
-        ldm_min_match=16,
-        ldm_hash_log=13,
-        ldm_bucket_size_log=2,
-        ldm_hash_rate_log=0,
+        **long_matches,
     )
 
 
@@ -66,16 +75,18 @@ class Zstd:
     Level 1: K and V in floating point hardly compress, and higher levels take several times as
     long for the last percent. ``long_matches_only`` is for bytes of few values in no order, such
     as exponents: short matches between them are chance, and cost more than they save.
+    ``entropy_only`` does not look for the long ones either, which takes most of the time.
     """
 
     tag: ClassVar[int] = 1
     name: ClassVar[str] = "zstd"
 
     long_matches_only: bool = False
+    entropy_only: bool = False
 
     def encode(self, data: memoryview) -> memoryview:
         """One frame over ``data``."""
-        return memoryview(_compressor(long_matches_only=self.long_matches_only).compress(data))
+        return memoryview(_compressor(self).compress(data))
 
     def decode_into(self, stored: memoryview, destination: memoryview) -> None:
         """Decompress straight into ``destination``."""

@@ -6,6 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,9 +179,17 @@ def unmapped(connection: sa.Connection) -> Iterator[None]:
         connection.exec_driver_sql(f"PRAGMA mmap_size = {mmap_nbytes}")
 
 
+@cache
+def _insert_of(table: sa.Table) -> sa.Insert:
+    return sa.insert(table)
+
+
 def insert_row(connection: sa.Connection, table: sa.Table, **values: Any) -> int:
     """Insert one row; returns its id."""
-    return int(connection.execute(sa.insert(table).returning(table.c.id), values).scalar_one())
+    inserted = connection.execute(_insert_of(table), values).inserted_primary_key
+    if inserted is None:
+        raise TypeError(f"expected a table with a key that is given out, found {table}")
+    return int(inserted[0])
 
 
 def driver_connection(connection: sa.Connection) -> sqlite3.Connection:

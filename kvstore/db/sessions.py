@@ -224,13 +224,14 @@ def head_of(connection: sa.Connection, session_id: int) -> int | None:
     return head
 
 
+_ENDS_IN = sa.select(
+    sa.exists().where(sessions.c.head_id == sa.bindparam("chunk_id", type_=sa.Integer))
+)
+
+
 def ends_in(connection: sa.Connection, chunk_id: int) -> bool:
     """Whether any session's last token lies in this chunk."""
-    return bool(
-        connection.execute(
-            sa.select(sa.exists().where(sessions.c.head_id == chunk_id))
-        ).scalar_one()
-    )
+    return bool(connection.execute(_ENDS_IN, {"chunk_id": chunk_id}).scalar_one())
 
 
 def _through_chunk() -> sa.Select[Any]:
@@ -255,6 +256,20 @@ def through_chunk(connection: sa.Connection, chunk_id: int) -> str | None:
     return name
 
 
+_UPDATE = (
+    sa.update(sessions)
+    .where(_BY_ID)
+    .values(
+        space_id=sa.bindparam("space_id"),
+        head_id=sa.bindparam("head_id"),
+        n_tokens=sa.bindparam("n_tokens"),
+        metadata=sa.bindparam("metadata"),
+        # Later than before, also within a millisecond: it is what tells two saves apart.
+        updated_at_ms=sa.func.max(sa.bindparam("now_ms"), sessions.c.updated_at_ms + 1),
+    )
+)
+
+
 def put(
     connection: sa.Connection,
     *,
@@ -274,16 +289,15 @@ def put(
         "head_id": head_id,
         "n_tokens": len(ids),
         "metadata": metadata,
-        # Later than before, also within a millisecond: it is what tells two saves apart.
-        "updated_at_ms": sa.func.max(now_ms, sessions.c.updated_at_ms + 1),
     }
     if session_id is None:
-        values["updated_at_ms"] = now_ms
+        times = {"created_at_ms": now_ms, "updated_at_ms": now_ms}
         session_id = insert_row(
-            connection, sessions, namespace=namespace, name=name, created_at_ms=now_ms, **values
+            connection, sessions, namespace=namespace, name=name, **times, **values
         )
     else:
-        connection.execute(sa.update(sessions).where(sessions.c.id == session_id).values(**values))
+        of_session = {"session_id": session_id, "now_ms": now_ms}
+        connection.execute(_UPDATE, {**values, **of_session})
     _put_tokens(connection, session_id, ids, slice_n_tokens=slice_n_tokens)
     return session_id
 
