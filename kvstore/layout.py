@@ -181,6 +181,13 @@ class Layout:
         return all(tensor.kind.rules.is_whole for tensor in self.tensors)
 
     @property
+    def has_logits(self) -> bool:
+        """Whether the logits after the last token are one of the tensors."""
+        return any(
+            tensor.role == LOGITS_ROLE and tensor.token_axis is None for tensor in self.tensors
+        )
+
+    @property
     def token_nbytes(self) -> int:
         """Bytes that one token takes over all tensors that have token slots."""
         return sum(

@@ -72,8 +72,8 @@ class LoadResult:
     """What a load did; the live cache now holds exactly ``tokens[:n_tokens]``.
 
     ``n_tokens`` is at most ``n_requested - 1``: the last token is left for
-    ``forward``, which gives the next token's logits. With a layout that stores the
-    last logits (recurrent models) it may be ``n_requested``; ``has_logits`` says
+    ``forward``, which gives the next token's logits. With ``whole``, or a layout that stores the
+    last logits (recurrent models), it may be ``n_requested``; ``has_logits`` says
     that the cache's logits are those of the last token. ``reason`` is None when
     no more could have been restored, else ``detail`` says more. ``n_kept_tokens`` of them
     were live already; only the others were read. ``tokens`` and ``metadata``
@@ -106,12 +106,14 @@ class LoadResult:
 class LoadRequest:
     """A checked call of ``load_session``: token ids with their lineage, or a session's name.
 
+    ``is_whole`` restores the last token too, whether or not its logits are stored.
     With token ids, ``codec_text`` is the lossy codec whose key space may serve too, or empty.
     """
 
     cache: LiveCache
     ids: TokenIds | None
     lineage: Lineage
+    is_whole: bool
     codec_text: str
     name: str | None
     namespace: str
@@ -153,11 +155,12 @@ def load(database: Database, request: LoadRequest, *, workers: Executor, n_threa
         plan, outcome = restored.plan, restored.outcome
 
         n_tokens = outcome.n_tokens
-        has_logits = n_tokens == len(ids)
+        has_logits = n_tokens == len(ids) and request.cache.layout.has_logits
+        wanted_n_tokens = len(ids) if request.is_whole else len(ids) - 1
         reason, detail = None, ""
-        if n_tokens < min(len(ids) - 1, plan.limit_n_tokens):
+        if n_tokens < min(wanted_n_tokens, plan.limit_n_tokens):
             reason, detail = _explain(connection, request, restored)
-        elif n_tokens < len(ids) - 1:
+        elif n_tokens < wanted_n_tokens:
             reason = MissReason.CAPACITY
             detail = f"the cache has room for {n_tokens} tokens"
         used = [match for match in plan.matches if match.chunk.start < n_tokens]
@@ -250,7 +253,15 @@ def _plan(
         adapter=adapter_of(codec_text),
     )
     lineage = unmarked(wanted.lineage) if wanted.codec_text else wanted.lineage
-    return plan_load(connection, request.cache, space, wanted.ids, lineage, codec_text=codec_text)
+    return plan_load(
+        connection,
+        request.cache,
+        space,
+        wanted.ids,
+        lineage,
+        is_whole=request.is_whole,
+        codec_text=codec_text,
+    )
 
 
 def _n_planned(plan: LoadPlan) -> int:
@@ -380,7 +391,7 @@ def _explain(
         for session_id, name in shortened:
             with suppress(CorruptStoreError):  # the load itself is done
                 saved = sessions.tokens_of(connection, session_id)
-                if common_prefix_n_tokens(saved, plan.ids[:-1]) > n_tokens:
+                if common_prefix_n_tokens(saved, plan.ids[: plan.limit_n_tokens]) > n_tokens:
                     reason = MissReason.EVICTED
                     return reason, f"session {name!r} had more, but its K and V were pruned"
     return MissReason.NO_MATCH, f"nothing stored goes on as the prompt does at {n_tokens}"

@@ -17,7 +17,7 @@ from kvstore.db.blobs import BlobRow
 from kvstore.db.models import SpaceRow
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
-from kvstore.layout import LOGITS_ROLE, Layout, LiveCache
+from kvstore.layout import Layout, LiveCache
 from kvstore.lineage import Lineage, before, n_common_tokens
 from kvstore.lossy import mark_of, marked, unmarked
 from kvstore.match import ChunkMatch, Piece, checked_blobs, longest_prefix, pieces
@@ -97,15 +97,17 @@ def plan_load(
     ids: TokenIds,
     lineage: Lineage,
     *,
+    is_whole: bool,
     codec_text: str,
 ) -> LoadPlan:
-    """The longest prefix of ``ids`` that every tensor can serve, and the blobs that it takes."""
+    """The longest prefix of ``ids`` that every tensor can serve, and the blobs that it takes.
+
+    Without the last token, unless ``is_whole`` or its logits are stored.
+    """
     is_lossy = bool(codec_text)
     layout = cache.layout
-    with_logits = any(
-        tensor.role == LOGITS_ROLE and tensor.token_axis is None for tensor in layout.tensors
-    )
-    limit = min(len(ids) if with_logits else len(ids) - 1, cache.capacity_n_tokens)
+    limit = len(ids) if is_whole or layout.has_logits else len(ids) - 1
+    limit = min(limit, cache.capacity_n_tokens)
     kept = _kept(cache, ids, lineage, limit, is_lossy=is_lossy)
     matches: list[ChunkMatch] = []
     places: list[tuple[ChunkMatch, Piece]] = []

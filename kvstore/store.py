@@ -268,13 +268,15 @@ class Store:
         *,
         name: str | None = None,
         edits: Iterable[Edit] = (),
+        whole: bool = False,
     ) -> LoadResult:
         """Put the longest stored prefix into the live cache; returns how far it got and why.
 
         Either ``tokens`` (the longest prefix over all sessions of this model) or
         ``name`` (that session's own tokens). At most all but the last token are
-        restored, so that ``forward`` on the rest gives the next logits. What the
-        cache holds already and ``tokens`` share is kept. Afterwards the cache
+        restored, so that ``forward`` on the rest gives the next logits; with ``whole`` the last
+        one too, for who has its logits or goes on with other tokens. What the cache holds already
+        and ``tokens`` share is kept. Afterwards the cache
         holds exactly ``result.tokens[:result.n_tokens]``, also after a failure.
         Content that came about by an edit is restored only with the session's
         name, or if ``edits`` has that edit; ``result.edits`` says so.
@@ -298,6 +300,7 @@ class Store:
             cache=cache,
             ids=None if tokens is None else token_ids(tokens),
             lineage=lineage,
+            is_whole=whole,
             codec_text=lossy_text(self._codec.names(cache.layout), cache.layout),
             name=None if name is None else _check_name(name),
             namespace=self._namespace,

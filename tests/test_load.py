@@ -123,6 +123,22 @@ def test_at_most_all_but_the_last_token_are_restored(store):
     assert load_exact(store, TOKENS[:1]).n_tokens == 0
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_last_token_is_restored_too_if_all_is_asked_for(store, by_name):
+    save(store, TOKENS, name="a")
+    asked = {"name": "a"} if by_name else {"tokens": TOKENS}
+    cache = BytesCache()
+    result = store.load_session(cache, **asked, whole=True)
+    assert (result.n_tokens, result.n_requested, result.reason) == (30, 30, None)
+    assert not result.has_logits
+    assert_exact(cache, TOKENS)
+    longer = store.load_session(BytesCache(), [*TOKENS, 1], whole=True)
+    assert (longer.n_tokens, longer.reason) == (30, MissReason.NO_MATCH)
+    small = store.load_session(BytesCache(layout(capacity_n_tokens=30)), TOKENS, whole=True)
+    assert small.reason is MissReason.OTHER_LAYOUT
+    assert store.verify().ok
+
+
 def test_a_prompt_that_leaves_a_chunk_half_way_gets_the_half(open_store):
     store = open_store(chunk_n_tokens=16)
     save(store, TOKENS, name="a")

@@ -162,6 +162,16 @@ class Follower:
             reason=reason,
         )
 
+    def adopt(self, hit: LoadResult) -> None:
+        """Go on from what ``hit`` restored of the conversation into a cache that was empty."""
+        cache = self._model.cache
+        self._still = None
+        reached = self._settle(hit)
+        self.conversation.note_edits(cache.edits, reached)
+        if cache.n_tokens != reached:
+            self._cut_back(0)
+        self._note()
+
     def _n_agreed(self) -> int:
         """The last cut up to which what is live was computed in the conversation's pieces."""
         agreed = 0
@@ -270,9 +280,10 @@ class Follower:
     def _load(self, store: Store, n_tokens: int) -> LoadResult:
         """What the store has of the first ``n_tokens``."""
         self._still = None
-        # Without stored logits a load leaves the last token out: ask for one more.
-        asked = self.conversation.tokens[:n_tokens] + ([] if self._keeps_logits else [0])
-        return store.load_session(self._model.cache, asked, edits=self.conversation.edits)
+        tokens = self.conversation.tokens[:n_tokens]
+        return store.load_session(
+            self._model.cache, tokens, edits=self.conversation.edits, whole=True
+        )
 
     def _note(self) -> None:
         """What the cache holds now is the conversation's; logits are not at hand."""

@@ -532,7 +532,7 @@ class Session:
     def _resume(self, store: Store, name: str, *, has_metadata: bool) -> None:
         self._follower.take()
         try:
-            hit = store.load_session(self._model.cache, name=name)
+            hit = store.load_session(self._model.cache, name=name, whole=True)
         except SessionNotFoundError:
             return
         conversation, sampler, metadata = unpack_state(
@@ -563,9 +563,13 @@ class Session:
             n_computed_tokens=0,
             reason=hit.reason,
         )
-        if not self._replaces:
-            # A load leaves the last token out, since its logits are not stored: it goes on to it.
+        if self._replaces:
+            return
+        if hit.n_kept_tokens:
+            # What was live already may have been computed in other pieces.
             self._follower.bring(len(hit.tokens))
+        else:
+            self._follower.adopt(hit)
 
     def _computed_logits(self) -> torch.Tensor:
         if not self.n_tokens:
