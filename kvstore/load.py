@@ -20,7 +20,6 @@ import sqlalchemy as sa
 from kvstore.codec import EXACT
 from kvstore.db import engine as db
 from kvstore.db import models, sessions
-from kvstore.db.models import SpaceRow
 from kvstore.db.schema import Database
 from kvstore.db.sessions import Revision
 from kvstore.db.vendor import vendor_errors
@@ -233,7 +232,7 @@ def _restore(
     return _Restored(
         plan=plan,
         outcome=outcome,
-        spaces=tuple(one.space for one in plans.values() if one.space is not None),
+        plans=tuple(plans.values()),
         damaged=tuple(
             Damaged(adapter=adapter_of(one.codec_text), n_tokens=n_tokens, detail=detail)
             for one, n_tokens, detail in failed
@@ -280,11 +279,11 @@ class _Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Restored:
-    """What was carried out, the key spaces that were asked, and the damage that was met."""
+    """What was carried out, all plans that were made, and the damage that was met."""
 
     plan: LoadPlan
     outcome: _Outcome
-    spaces: tuple[SpaceRow, ...]
+    plans: tuple[LoadPlan, ...]
     damaged: tuple[Damaged, ...]
 
 
@@ -382,11 +381,13 @@ def _explain(
         spec = request.cache.layout.tensors[plan.limited_by]
         detail = f"{plan.matched_n_tokens} tokens match, but {spec.name} was not saved there"
         return MissReason(kind_of(spec).miss_reason or MissReason.NO_MATCH), detail
-    if not restored.spaces:
+    if not any(one.space for one in restored.plans):
         return _explain_model(connection, request)
-    for space in restored.spaces:
+    for one in restored.plans:
+        if one.space is None:
+            continue
         shortened = sessions.with_less_than_saved(
-            connection, space_id=space.id, limit=_MAX_N_ASKED_SESSIONS
+            connection, space_id=one.space.id, keys=one.keys(), limit=_MAX_N_ASKED_SESSIONS
         )
         for session_id, name in shortened:
             with suppress(CorruptStoreError):  # the load itself is done

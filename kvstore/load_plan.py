@@ -20,7 +20,7 @@ from kvstore.kinds import kind_of
 from kvstore.layout import Layout, LiveCache
 from kvstore.lineage import Lineage, before, n_common_tokens
 from kvstore.lossy import mark_of, marked, unmarked
-from kvstore.match import ChunkMatch, Piece, checked_blobs, longest_prefix, pieces
+from kvstore.match import ChunkMatch, Piece, checked_blobs, longest_prefix, pieces, way_keys
 from kvstore.prefix import Key
 from kvstore.ranges import Range, clip, subtract, union
 from kvstore.tokens import TokenIds
@@ -77,6 +77,12 @@ class LoadPlan:
     matches: tuple[ChunkMatch, ...]
     steps: tuple[LoadStep, ...]
     damage: str | None
+
+    def keys(self) -> list[Key]:
+        """The keys of all chunks that the wanted tokens may end in, up to where the match does."""
+        return (
+            [] if self.space is None else way_keys(self.space, self.ids, self.lineage, self.matches)
+        )
 
     def edits(self, n_tokens: int) -> Lineage:
         """The lineage of the cache when it holds ``n_tokens`` after the load."""

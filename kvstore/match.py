@@ -16,7 +16,7 @@ from kvstore.db.models import SpaceRow
 from kvstore.errors import CorruptStoreError
 from kvstore.kinds import kind_of
 from kvstore.layout import Layout, TensorSpec
-from kvstore.lineage import Lineage, extras_up_to, n_common_tokens
+from kvstore.lineage import Lineage, extras_up_to, n_common_tokens, pack_extras
 from kvstore.prefix import Key, chunk_key, full_chunk_keys
 from kvstore.ranges import Range, n_positions, union
 from kvstore.tokens import TokenIds
@@ -82,6 +82,19 @@ def longest_prefix(
     best = max(matches, key=lambda match: match.stop, default=None)
     if best is not None:
         yield best
+
+
+def way_keys(
+    space: SpaceRow, ids: TokenIds, lineage: Lineage, matches: Sequence[ChunkMatch]
+) -> list[Key]:
+    """The keys of the full chunks among ``matches``, and of every tail that may follow them."""
+    size = space.chunk_n_tokens
+    keys = [match.chunk.key for match in matches if match.stop - match.chunk.start == size]
+    start, parent_key = len(keys) * size, keys[-1] if keys else space.root
+    for stop in range(start + 1, min(start + size, len(ids)) + 1):
+        extras = pack_extras(lineage, start, stop)
+        keys.append(chunk_key(parent_key, ids[start:stop], extras=extras))
+    return keys
 
 
 def siblings(

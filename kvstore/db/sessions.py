@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
-from kvstore.db.engine import insert_row
+from kvstore.db.engine import MAX_VARIABLES, insert_row
 from kvstore.db.tables import chunks, models, session_tokens, sessions, spaces
 from kvstore.errors import CorruptStoreError, InputError
 from kvstore.layout import Fingerprint
@@ -17,6 +17,7 @@ from kvstore.lineage import Lineage, unpack_extras
 from kvstore.lineage import lineage_of as lineage_of_edits
 from kvstore.lossy import codec_text_of
 from kvstore.manifest import unpack_metadata
+from kvstore.prefix import Key
 from kvstore.tokens import TOKEN_NBYTES, TokenIds, from_big_endian, to_big_endian
 
 _MAX_TIME_MS = 1 << 47
@@ -154,24 +155,28 @@ def all_in(connection: sa.Connection, *, namespace: str | None) -> list[SessionI
     return [_info(row) for row in connection.execute(query)]
 
 
-_WITH_LESS_THAN_SAVED = (
-    sa.select(sessions.c.id, sessions.c.name)
-    .select_from(sessions.outerjoin(chunks, chunks.c.id == sessions.c.head_id))
-    .where(
-        sessions.c.space_id == sa.bindparam("of_space"),
-        sa.func.coalesce(chunks.c.stop, 0) < sessions.c.n_tokens,
-    )
-    .order_by(sessions.c.updated_at_ms.desc())
-    .limit(sa.bindparam("at_most"))
+_LESS_THAN_SAVED = sa.select(sessions.c.id, sessions.c.name).limit(sa.bindparam("at_most"))
+_ENDING_EARLY = _LESS_THAN_SAVED.join(chunks, chunks.c.id == sessions.c.head_id).where(
+    chunks.c.key.in_(sa.bindparam("keys", expanding=True)), chunks.c.stop < sessions.c.n_tokens
+)
+_WITH_NOTHING = _LESS_THAN_SAVED.where(
+    sessions.c.head_id.is_(None), sessions.c.space_id == sa.bindparam("of_space")
 )
 
 
 def with_less_than_saved(
-    connection: sa.Connection, *, space_id: int, limit: int
+    connection: sa.Connection, *, space_id: int, keys: Sequence[Key], limit: int
 ) -> list[tuple[int, str]]:
-    """``(row id, name)`` of sessions that an eviction took K and V from, the last saved first."""
-    values = {"of_space": space_id, "at_most": limit}
-    return [(row.id, row.name) for row in connection.execute(_WITH_LESS_THAN_SAVED, values)]
+    """``(row id, name)`` of sessions that an eviction took K and V from.
+
+    Those that end in one of the chunks with these keys now, and those of the key space that have
+    nothing left.
+    """
+    found = [*connection.execute(_WITH_NOTHING, {"of_space": space_id, "at_most": limit})]
+    for first in range(0, len(keys), MAX_VARIABLES):
+        values = {"keys": keys[first : first + MAX_VARIABLES], "at_most": limit}
+        found += connection.execute(_ENDING_EARLY, values)
+    return [(row.id, row.name) for row in found]
 
 
 def tokens_of(connection: sa.Connection, session_id: int) -> TokenIds:
@@ -183,33 +188,38 @@ def tokens_of(connection: sa.Connection, session_id: int) -> TokenIds:
     return from_big_endian(b"".join(slices))
 
 
-def lineage_of(connection: sa.Connection, session_id: int) -> Lineage:
-    """The edits on the way to the session's last stored chunk.
-
-    Raises:
-        CorruptStoreError: what a chunk on the way says of its edits is not possible.
-    """
+def _extras_on_the_way() -> sa.Select[Any]:
     way = (
         sa.select(chunks.c.id, chunks.c.parent_id)
         .join(sessions, sessions.c.head_id == chunks.c.id)
-        .where(sessions.c.id == session_id)
+        .where(_BY_ID)
         .cte("way", recursive=True)
     )
     # Not UNION ALL: a damaged file may lead in a circle.
     way = way.union(
         sa.select(chunks.c.id, chunks.c.parent_id).join(way, way.c.parent_id == chunks.c.id)
     )
-    query = (
+    return (
         sa.select(chunks.c.start, chunks.c.stop, chunks.c.extras)
         .join(way, way.c.id == chunks.c.id)
-        .where(chunks.c.extras != b"")
+        .where(chunks.c.extras != sa.literal(b"", sa.LargeBinary))
         .order_by(chunks.c.start)
     )
+
+
+_EXTRAS_ON_THE_WAY = _extras_on_the_way()
+
+
+def lineage_of(connection: sa.Connection, session_id: int) -> Lineage:
+    """The edits on the way to the session's last stored chunk.
+
+    Raises:
+        CorruptStoreError: what a chunk on the way says of its edits is not possible.
+    """
+    rows = connection.execute(_EXTRAS_ON_THE_WAY, {"session_id": session_id})
     try:
         return lineage_of_edits(
-            edit
-            for start, stop, extras in connection.execute(query)
-            for edit in unpack_extras(extras, start, stop)
+            edit for start, stop, extras in rows for edit in unpack_extras(extras, start, stop)
         )
     except (InputError, TypeError) as error:
         raise CorruptStoreError(f"session row {session_id}: its edits: {error}") from error
