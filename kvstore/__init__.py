@@ -6,7 +6,15 @@ store.save_session(cache, tokens, name="chat-42")
 """
 
 from kvstore.background import PendingSave
-from kvstore.codec import CodecChoice, Grid, Kernels, use_kernels
+from kvstore.codec import (
+    MIN_TRAINING_N_TOKENS,
+    CodecChoice,
+    Expansion,
+    Grid,
+    Kernels,
+    Rotation,
+    use_kernels,
+)
 from kvstore.db.sessions import SessionInfo
 from kvstore.db.stats import StoreStats
 from kvstore.errors import KVStoreError
@@ -25,8 +33,10 @@ from kvstore.verify import VerifyReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "MIN_TRAINING_N_TOKENS",
     "CodecChoice",
     "Edit",
+    "Expansion",
     "Fingerprint",
     "Grid",
     "Held",
@@ -40,6 +50,7 @@ __all__ = [
     "MissReason",
     "PendingSave",
     "PruneResult",
+    "Rotation",
     "SaveResult",
     "SessionInfo",
     "Store",

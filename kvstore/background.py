@@ -24,6 +24,7 @@ from kvstore.save_plan import SaveRequest, plan_copy
 from kvstore.snapshot import Copied, Snapshot, SnapshotPlan, plan_snapshot, take
 from kvstore.source import LiveSource
 from kvstore.tokens import TOKEN_NBYTES
+from kvstore.training import with_lessons
 
 _T = TypeVar("_T")
 
@@ -288,6 +289,7 @@ class SaveQueue:
             # The transaction sees the file as it is at its first query: behind whoever deletes.
             with db.read_transaction(self._database.engine) as connection, self._keeping:
                 wanted = plan_copy(connection, request)
+                wanted = with_lessons(connection, request, wanted, self._database.bases)
                 with self._changed:
                     running = [] if self._running is None else [self._running]
                     others = [one.snapshot for one in (*running, *self._waiting)]

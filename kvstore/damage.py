@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from kvstore.blob import check_blob
 from kvstore.db import chunks, eviction
 from kvstore.db import engine as db
+from kvstore.db.basis_cache import BasisCache
 from kvstore.db.chunks import ChunkRow
 from kvstore.db.models import SpaceRow
 from kvstore.db.writing import write_transaction
@@ -90,10 +91,11 @@ def _damaged_owner(
         found = pieces(connection, ChunkMatch(chunk=chunk, stop=chunk.stop))
     except CorruptStoreError:
         return _broken_base(connection, chunk)
+    bases = BasisCache().of_space(space.id)  # as they are in the file now
     for piece in found:
         try:
             for row in piece_blobs(connection, piece, layout, is_lossy=space.is_lossy):
-                check_blob(connection, row, piece.owner.key, layout.tensors[row.tensor])
+                check_blob(connection, row, piece.owner.key, layout.tensors[row.tensor], bases)
         except CorruptStoreError:
             return piece.owner.key
     return None

@@ -149,7 +149,12 @@ def load(database: Database, request: LoadRequest, *, workers: Executor, n_threa
     with db.read_transaction(database.engine) as connection:
         wanted = _wanted(connection, request, database)
         ids = wanted.ids
-        crew = Crew(workers=workers, readers=database.readers, n_threads=n_threads)
+        crew = Crew(
+            workers=workers,
+            readers=database.readers,
+            bases=database.bases,
+            n_threads=n_threads,
+        )
         restored = _restore(connection, request, wanted, crew, database.path)
         plan, outcome = restored.plan, restored.outcome
 
@@ -302,9 +307,16 @@ def _carry_out(
         # Codes become numbers in many short operations, each of which hands over the interpreter's
         # lock: on two threads they take a fifth to a third longer than on one.
         crew = replace(crew, n_threads=1)
-    restore = Restore(cache, plan.steps, path=path)
+    space_id = -1 if plan.space is None else plan.space.id
+    restore = Restore(
+        cache,
+        plan.steps,
+        driver=db.driver_connection(connection),
+        bases=crew.bases.of_space(space_id),
+        path=path,
+    )
     try:
-        restore.run(db.driver_connection(connection), crew)
+        restore.run(crew)
         if plan.n_tokens > plan.kept_n_tokens:
             _derive(cache, plan.n_tokens)
             n_tokens = plan.n_tokens

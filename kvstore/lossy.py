@@ -71,6 +71,12 @@ def unmarked(lineage: Lineage) -> Lineage:
     return tuple(kept)
 
 
+def n_unmarked_tokens(lineage: Lineage, n_tokens: int) -> int:
+    """How many of ``n_tokens`` tokens lie before the first of such marks."""
+    ours = (edit.start for edit in lineage if edit.digest.startswith((_MARK, _BOTH)))
+    return min([n_tokens, *ours])
+
+
 def marked(live: Lineage, stored: Lineage, mark: bytes, *, start: int, stop: int) -> Lineage:
     """The lineage of a cache that keeps ``start`` tokens and restores those up to ``stop``.
 

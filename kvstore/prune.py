@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from kvstore.db import bases
 from kvstore.db import engine as db
 from kvstore.db.eviction import ChunkFacts, evict, read_facts
 from kvstore.errors import BudgetError
@@ -144,11 +145,12 @@ def preview(
     policy = _policy(connection, max_nbytes, unused_since_ms, model)
     plan = PrunePlan() if policy is None else plan_prune(read_facts(connection), policy)
     before = db.size_nbytes(connection)
+    gone_nbytes = plan.freed_nbytes + bases.freed_nbytes(connection, plan.chunk_ids)
     return PruneResult(
         n_chunks=len(plan.chunk_ids),
         freed_nbytes=plan.freed_nbytes,
         file_nbytes_before=before,
-        file_nbytes_after=max(0, db.used_nbytes(connection) - plan.freed_nbytes),
+        file_nbytes_after=max(0, db.used_nbytes(connection) - gone_nbytes),
         dry_run=True,
     )
 

@@ -8,16 +8,19 @@ row. The caller's thread is one of them.
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kvstore import regions
 from kvstore.blob import read_blob
-from kvstore.codec import scratch
+from kvstore.codec import Basis, scratch
+from kvstore.db.basis_cache import BasisCache, SpaceBases
 from kvstore.db.payloads import DriverReader, PayloadReader
 from kvstore.db.readers import Readers
 from kvstore.db.vendor import as_store_error
@@ -36,6 +39,7 @@ class Crew:
 
     workers: Executor
     readers: Readers
+    bases: BasisCache
     n_threads: int
 
 
@@ -56,10 +60,22 @@ class Restore:
     plan's own connection; only that one's word counts.
     """
 
-    def __init__(self, cache: LiveCache, steps: Sequence[LoadStep], *, path: Path) -> None:
+    def __init__(
+        self,
+        cache: LiveCache,
+        steps: Sequence[LoadStep],
+        *,
+        driver: sqlite3.Connection,
+        bases: SpaceBases,
+        path: Path,
+    ) -> None:
+        """``driver`` is the connection that the blobs were planned on."""
         self._cache = cache
         self._steps = steps
+        self._driver = driver
+        self._bases = bases
         self._path = path
+        self._reading_a_basis = threading.Lock()
         items = [item for step in steps for item in step.items]
         self._todo = deque(enumerate(items))
         self._given_back: list[tuple[int, LoadItem]] = []
@@ -91,8 +107,8 @@ class Restore:
         """Bytes that were read for them."""
         return sum(item.row.stored_nbytes for item in self._placed.values())
 
-    def run(self, driver: sqlite3.Connection, crew: Crew) -> None:
-        """Put all blobs in place; ``driver`` is the connection that they were planned on.
+    def run(self, crew: Crew) -> None:
+        """Put all blobs in place.
 
         When it returns or raises, no thread writes into the cache any more.
 
@@ -103,12 +119,12 @@ class Restore:
         with self._helped(crew, n_helpers=min(crew.n_threads - 1, nbytes // _NBYTES_A_HELPER)):
             self._help(crew.readers)
             # Only what is left because no connection could be had.
-            failure = self._work(DriverReader(driver))
+            failure = self._work(DriverReader(self._driver))
             if failure is not None:
                 self._todo.clear()
         # No helper works any more. What they could not read may lie before a failure.
         self._todo.extend(sorted(self._given_back, key=_number))
-        again = self._work(DriverReader(driver))
+        again = self._work(DriverReader(self._driver))
         failures = [one for one in (failure, again) if one is not None]
         if failures:
             error = min(failures, key=_number_failed).error
@@ -142,9 +158,15 @@ class Restore:
         except sqlite3.Error:
             return  # no connection to be had: the others go on without this one
 
+    def _basis(self, tensor: int, digest: bytes) -> Basis:
+        """The basis that a blob of that tensor names, from the state that was planned on."""
+        with self._reading_a_basis:
+            spec = self._cache.layout.tensors[tensor]
+            return self._bases.lookup(self._driver, tensor, spec)(digest)
+
     def _work(self, reader: PayloadReader) -> _Failure | None:
         """Take blobs in order and put them in place, until none is left or one fails."""
-        placer = _Placer(self._cache, reader)
+        placer = _Placer(self._cache, reader, self._basis)
         while True:
             try:
                 number, item = self._todo.popleft()
@@ -160,8 +182,11 @@ class Restore:
 class _Placer:
     """Puts one blob after another in place."""
 
-    def __init__(self, cache: LiveCache, reader: PayloadReader) -> None:
+    def __init__(
+        self, cache: LiveCache, reader: PayloadReader, basis: Callable[[int, bytes], Basis]
+    ) -> None:
         self._reader = reader
+        self._basis = basis
         self._tensors = cache.layout.tensors
         self._buffers = [cache.buffer(tensor) for tensor in range(len(self._tensors))]
 
@@ -175,7 +200,8 @@ class _Placer:
         there = regions.in_place(spec, buffer, row.start, row.stop) if item.is_whole else None
         decoded = scratch("decoded", row.raw_nbytes) if there is None else there
         try:
-            read_blob(self._reader, row, item.key, spec, decoded)
+            bases = partial(self._basis, row.tensor)
+            read_blob(self._reader, row, item.key, spec, decoded, bases)
         except CorruptStoreError as error:
             raise CorruptStoreError(
                 f"chunk {item.key.hex()[:12]}, {spec.name}, tokens [{row.start}, {row.stop}): "

@@ -8,7 +8,7 @@ ones; each is valid by itself. The last transaction publishes the session.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -18,15 +18,22 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from kvstore import clock, codec, damage
 from kvstore.blob import encode_blob
-from kvstore.db import blobs, chunks, eviction, leases, models, sessions
+from kvstore.codec import Basis, block_of
+from kvstore.db import bases, blobs, chunks, eviction, leases, models, sessions
 from kvstore.db import engine as db
+from kvstore.db.bases import BasisRow
 from kvstore.db.blobs import NewBlob
 from kvstore.db.chunks import ChunkRow
 from kvstore.db.models import SpaceRow
 from kvstore.db.schema import Database
 from kvstore.db.sessions import Revision
 from kvstore.db.writing import write_transaction
-from kvstore.errors import BudgetError, SessionConflictError, StoreBusyError
+from kvstore.errors import (
+    BudgetError,
+    CorruptStoreError,
+    SessionConflictError,
+    StoreBusyError,
+)
 from kvstore.lineage import n_exact_tokens, pack_extras
 from kvstore.match import blob_raw_nbytes
 from kvstore.prefix import Key, full_chunk_keys
@@ -44,6 +51,7 @@ from kvstore.save_plan import (
     plan_save,
 )
 from kvstore.thinning import thin_checkpoints
+from kvstore.training import BasesPlan, plan_bases
 
 _BATCH_NBYTES = 16 << 20
 _BATCH_N_CHUNKS = 8
@@ -62,7 +70,7 @@ class SaveResult:
     ``codec`` is ``"exact"``, or the lossy codec whose key space holds them: then only a look-up
     with that codec finds them, ``n_exact_tokens`` is 0, and of the blobs written
     ``n_fallback_blobs`` are exact after all: their numbers could not be held otherwise, or would
-    have taken more.
+    have taken more, or the codec has to learn a basis first and was not given enough tokens yet.
     ``raw_nbytes`` and ``stored_nbytes`` are the K and V written now, before and after the codec
     (a tail that became a full chunk is written once more, as one).
     """
@@ -222,8 +230,11 @@ class _Saver:
 
     def __init__(self, database: Database, request: SaveRequest, workers: Executor) -> None:
         self._engine = database.engine
+        self._basis_cache = database.bases
         self._request = request
         self._workers = workers
+        self._bases = BasesPlan()
+        self._learned: dict[int, tuple[Basis, bytes]] = {}
         self._lease_id: int | None = None
         self._superseded: list[int] = []
         self.revision: Revision | None = None
@@ -236,8 +247,10 @@ class _Saver:
         """Write what is missing, then publish; raises ``_Stale`` to be run again."""
         with db.read_transaction(self._engine) as connection:
             plan = plan_save(connection, self._request)
+            self._bases = plan_bases(connection, self._request, plan.writes, self._basis_cache)
         if not plan.writes and self._request.name is None:
             return
+        self._learned = self._learn(self._bases.lessons)
         batches = list(self._batches(plan.writes)) or [[]]
         tip = plan.tip
         written: list[_Encoded] = []
@@ -250,6 +263,26 @@ class _Saver:
                 tip = self._write(written, tip, publish=following is None)
         finally:
             _settle([*written, *encoding])
+
+    def _learn(self, lessons: Sequence[Part]) -> dict[int, tuple[Basis, bytes]]:
+        """The bases that are to be learned, with what is stored of them, by tensor.
+
+        Where nothing is learned the tensor's blobs will be exact.
+        """
+        request, learned = self._request, {}
+        # One after the other: products of matrices take several threads each, and where several
+        # threads ask for them at once each waits for all.
+        for lesson in lessons:
+            try:
+                basis = _train(request, lesson)
+            except StoreBusyError:
+                # A snapshot without these tokens: a basis was in the file when it was taken.
+                continue
+            if basis is None:
+                self._basis_cache.futile.add((request.root, lesson.tensor))
+            else:
+                learned[lesson.tensor] = basis, basis.to_bytes()
+        return learned
 
     def drop_lease(self) -> None:
         """Let go of the chain; the published session (or the cache's age) holds it now."""
@@ -276,6 +309,7 @@ class _Saver:
             return
         stored_nbytes = sum(blob.stored.nbytes for blob in encoded)
         estimate_nbytes = sum(map(self._raw_nbytes_of, writes)) * stored_nbytes // raw_nbytes
+        estimate_nbytes += sum(len(data) for _, data in self._learned.values())
         if estimate_nbytes > max_nbytes * _ESTIMATE_MARGIN:
             raise BudgetError(
                 f"expected what a save writes to fit max_bytes ({max_nbytes}), but it would take "
@@ -310,7 +344,9 @@ class _Saver:
             _Encoded(
                 write=write,
                 jobs=[
-                    self._workers.submit(_encode_parts, self._request, write, parts)
+                    self._workers.submit(
+                        _encode_parts, self._request, write, parts, self._known_bases()
+                    )
                     for parts in self._in_jobs(write.parts)
                 ],
             )
@@ -328,11 +364,17 @@ class _Saver:
                 first, nbytes = number, 0
         return jobs
 
+    def _known_bases(self) -> dict[int, Basis]:
+        """What blobs are encoded with, by tensor."""
+        learned = {tensor: basis for tensor, (basis, _) in self._learned.items()}
+        return {**self._bases.known, **learned}
+
     def _write(self, batch: Sequence[_Encoded], tip: Link | None, *, publish: bool) -> Link | None:
         """One transaction: insert the batch, then hold it by a lease or publish it."""
         encoded = [(item.write, item.blobs()) for item in batch]
         request, now = self._request, clock.now_ms()
         need_nbytes = sum(blob.stored.nbytes for _, new in encoded for blob in new)
+        need_nbytes += sum(len(data) for _, data in self._learned.values())
         counted = (self.n_new_tokens, self.n_fallback_blobs, self.raw_nbytes, self.stored_nbytes)
         try:
             with ExitStack() as committed, write_transaction(self._engine) as connection:
@@ -363,6 +405,7 @@ class _Saver:
                     adapter=request.adapter,
                     now_ms=now,
                 )
+                self._put_bases(connection, space)
                 for write, new_blobs in encoded:
                     if isinstance(write, FillIn):
                         self._fill_in(connection, write, new_blobs)
@@ -384,7 +427,42 @@ class _Saver:
             self.n_new_tokens, self.n_fallback_blobs, self.raw_nbytes, self.stored_nbytes = counted
             raise
         self._lease_id = lease_id  # only now is it so in the file
+        self._bases = BasesPlan(known=self._known_bases())
+        self._learned = {}
         return tip
+
+    def _put_bases(self, connection: sa.Connection, space: SpaceRow) -> None:
+        """See to it that all that blobs are encoded with is in the file.
+
+        Raises:
+            _Stale: another process was first, with other bases.
+        """
+        used = self._known_bases()
+        there = bases.of_space(connection, space.id) if used else {}
+        for tensor, basis in used.items():
+            row = there.get(tensor)
+            if row is not None and self._is_broken(connection, row):
+                bases.delete(connection, row)
+                row = None
+            if row is None:
+                _, data = self._learned.get(tensor) or (basis, basis.to_bytes())
+                bases.insert(
+                    connection, space_id=space.id, tensor=tensor, digest=basis.digest, data=data
+                )
+            elif row.digest != basis.digest:
+                raise _Stale
+
+    def _is_broken(self, connection: sa.Connection, row: BasisRow) -> bool:
+        """Whether a basis that could not be read when this save was planned still cannot be."""
+        if row.tensor not in self._bases.damaged:
+            return False
+        spec = self._request.cache.layout.tensors[row.tensor]
+        try:
+            of_space = self._basis_cache.of_space(row.space_id)
+            of_space.read(db.driver_connection(connection), row.tensor, spec)
+        except CorruptStoreError:
+            return True
+        return False
 
     def _insert(  # noqa: PLR0917  # all of a row's parts, once
         self,
@@ -518,11 +596,20 @@ class _Saver:
                 eviction.release(connection, chunk_id, held=kept())
 
 
-def _encode_parts(request: SaveRequest, write: Write, parts: Sequence[Part]) -> list[NewBlob]:
-    return [_encode_part(request, write, part) for part in parts]
+def _train(request: SaveRequest, lesson: Part) -> Basis | None:
+    """What is learned of a tensor's content at some positions."""
+    spec = request.cache.layout.tensors[lesson.tensor]
+    numbers = request.cache.read(lesson.tensor, lesson.start, lesson.stop)
+    return Basis.train(numbers, block_of(spec, lesson.start, lesson.stop), role=spec.role)
 
 
-def _encode_part(request: SaveRequest, write: Write, part: Part) -> NewBlob:
+def _encode_parts(
+    request: SaveRequest, write: Write, parts: Sequence[Part], bases: Mapping[int, Basis]
+) -> list[NewBlob]:
+    return [_encode_part(request, write, part, bases.get(part.tensor)) for part in parts]
+
+
+def _encode_part(request: SaveRequest, write: Write, part: Part, basis: Basis | None) -> NewBlob:
     """One blob; lossy only in a full chunk, which is written once and for all.
 
     A tail is exact, and written in haste: its tokens are encoded again, from the same numbers,
@@ -534,7 +621,10 @@ def _encode_part(request: SaveRequest, write: Write, part: Part) -> NewBlob:
         name = codec.QUICK
     decoded = cache.read(tensor, part.start, part.stop)
     return encode_blob(
-        write.key, tensor, spec, part.start, part.stop, decoded=decoded, codec_name=name
+        *(write.key, tensor, spec, part.start, part.stop),
+        decoded=decoded,
+        codec_name=name,
+        basis=basis,
     )
 
 

@@ -42,14 +42,17 @@ class SaveRequest:
     """A checked call of ``save_session``: what the cache holds of ``ids`` and ``lineage``.
 
     ``codec_names`` has each tensor's codec, ``codec_text`` the lossy ones of them (empty if none
-    is), for which ``lineage`` is without their marks. ``seen`` is the named session as its caller
-    last saw it, or None. ``kept`` gives the rows of chunks that saves in the background are going
-    to build on: they are not deleted. None are added before it is left: after the commit.
+    is), for which ``lineage`` is without their marks: the first ``n_unmarked_tokens`` of the cache
+    went through no lossy codec (there may be more of them than ``ids``). ``seen`` is the named
+    session as its caller last saw it, or None. ``kept`` gives the rows of chunks that saves in the
+    background are going to build on: they are not deleted. None are added before it is left: after
+    the commit.
     """
 
     cache: Source
     ids: TokenIds
     lineage: Lineage
+    n_unmarked_tokens: int
     name: str | None
     metadata: bytes
     replace: bool

@@ -41,7 +41,7 @@ from kvstore.errors import (
 from kvstore.layout import Fingerprint, LiveCache
 from kvstore.lineage import Edit, before, lineage_of
 from kvstore.load import LoadResult
-from kvstore.lossy import unmarked
+from kvstore.lossy import n_unmarked_tokens, unmarked
 from kvstore.manifest import pack_metadata
 from kvstore.prefix import DEFAULT_CHUNK_N_TOKENS, KEY_NBYTES, Key
 from kvstore.prune import PruneResult
@@ -226,6 +226,7 @@ class Store:
             cache=source,
             ids=ids,
             lineage=unmarked(lineage) if codec_text else lineage,
+            n_unmarked_tokens=n_unmarked_tokens(lineage, len(ids)),
             name=None if name is None else _check_name(name),
             metadata=pack_metadata(metadata),
             replace=replace,
@@ -608,10 +609,11 @@ def open_store(
             state: one in that many tokens, and always the newest.
         codec: How new content is written: ``"exact"`` compresses what gets
             shorter, ``"raw"`` writes it as it is; both give every byte back. The
-            lossy ones are ``"half"``, ``"int8"``, ``"int8-channel"`` and ``"int4"``, or a mix such
-            as ``"k=int8,v=int4"`` or ``"0-1=exact,k=int8"`` (layers). What they wrote is
-            only found by a store with the same codec (which finds exact content too),
-            or by a session's name.
+            lossy ones are ``"half"``, ``"int8"``, ``"int8-channel"``, ``"int4"`` and ``"pca"``, or
+            a mix such as ``"k=int8,v=int4"`` or ``"0-1=exact,k=int8"`` (layers). What they wrote
+            is only found by a store with the same codec (which finds exact content too), or by
+            a session's name. ``"pca"`` learns from the first save of 1,536 tokens that nothing
+            lossy touched, and is exact until then.
         namespace: Separates names and keys of several applications in one file.
         busy_timeout_seconds: How long a write waits for another process.
         n_threads: How many threads decode a load's bytes and compress a save's;

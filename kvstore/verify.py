@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from kvstore.blob import check_blob
-from kvstore.db import chunks, sessions
+from kvstore.codec import may_lose
+from kvstore.db import bases, chunks, sessions
 from kvstore.db import engine as db
+from kvstore.db.basis_cache import BasisCache, SpaceBases
 from kvstore.db.chunks import ChunkRow
+from kvstore.db.engine import driver_connection
 from kvstore.db.schema import Database
 from kvstore.db.stats import read_stats
 from kvstore.db.tables import blobs as blob_table
@@ -49,7 +52,9 @@ def verify(database: Database) -> VerifyReport:
         problems = [*_sqlite_problems(connection)]
         layouts: dict[int, Layout] = {}
         problems += _model_problems(connection, layouts)
-        checker = _ChunkChecker(connection, layouts)
+        known = BasisCache()  # as they are in the file now
+        problems += _basis_problems(connection, layouts, known)
+        checker = _ChunkChecker(connection, layouts, known)
         problems += checker.problems()
         problems += _session_problems(connection, layouts)
         stats = read_stats(connection)
@@ -126,12 +131,41 @@ def _model_problems(connection: sa.Connection, layouts: dict[int, Layout]) -> It
         layouts[row.spaces_id] = layout
 
 
+def _basis_problems(
+    connection: sa.Connection, layouts: dict[int, Layout], known: BasisCache
+) -> Iterator[str]:
+    """Check every basis, whether a blob names it or not."""
+    query = sa.select(spaces.c.id).where(spaces.c.adapter != b"")
+    lossy = set(connection.execute(query).scalars())
+    for row in bases.all_of(connection):
+        where = f"basis of tensor {row.tensor}, space row {row.space_id}"
+        layout = layouts.get(row.space_id)
+        if layout is None:
+            continue  # a foreign key problem, or an impossible space: reported above
+        if row.space_id not in lossy:
+            yield f"{where}: a basis where all is exact"
+        if type(row.tensor) is not int or not 0 <= row.tensor < len(layout.tensors):
+            yield f"{where}: there is no such tensor"
+            continue
+        spec = layout.tensors[row.tensor]
+        if not may_lose(spec):
+            yield f"{where}: {spec.name} has no lossy blobs"
+            continue
+        try:
+            known.of_space(row.space_id).read(driver_connection(connection), row.tensor, spec)
+        except CorruptStoreError as error:
+            yield f"{where}: {error}"
+
+
 class _ChunkChecker:
     """Walks every chunk; counts blobs and their decoded bytes."""
 
-    def __init__(self, connection: sa.Connection, layouts: dict[int, Layout]) -> None:
+    def __init__(
+        self, connection: sa.Connection, layouts: dict[int, Layout], known: BasisCache
+    ) -> None:
         self._connection = connection
         self._layouts = layouts
+        self._known = known
         self.n_blobs = 0
         self.raw_nbytes = 0
 
@@ -159,7 +193,8 @@ class _ChunkChecker:
             for problem in self._key_problems(chunk, Key(space.root_key), space.chunk_n_tokens):
                 yield f"{where}: {problem}"
             layout, is_lossy = self._layouts[space.id], bool(space.adapter)
-            for problem in self._blob_problems(chunk, layout, is_lossy=is_lossy):
+            bases = self._known.of_space(space.id)
+            for problem in self._blob_problems(chunk, layout, bases, is_lossy=is_lossy):
                 yield f"{where}: {problem}"
             for problem in self._size_problems(chunk.id, row.raw_nbytes, row.stored_nbytes):
                 yield f"{where}: {problem}"
@@ -194,7 +229,9 @@ class _ChunkChecker:
         if tuple(sums) != (raw, stored):
             yield f"its row says {raw} bytes, {stored} stored; its blobs say {sums[0]}, {sums[1]}"
 
-    def _blob_problems(self, chunk: ChunkRow, layout: Layout, *, is_lossy: bool) -> Iterator[str]:
+    def _blob_problems(
+        self, chunk: ChunkRow, layout: Layout, bases: SpaceBases, *, is_lossy: bool
+    ) -> Iterator[str]:
         try:
             all_pieces = pieces(self._connection, ChunkMatch(chunk=chunk, stop=chunk.stop))
         except CorruptStoreError as error:
@@ -214,7 +251,7 @@ class _ChunkChecker:
             self.n_blobs += 1
             self.raw_nbytes += row.raw_nbytes
             try:
-                check_blob(self._connection, row, chunk.key, layout.tensors[row.tensor])
+                check_blob(self._connection, row, chunk.key, layout.tensors[row.tensor], bases)
             except CorruptStoreError as error:
                 yield f"{layout.tensors[row.tensor].name}: {error}"
 

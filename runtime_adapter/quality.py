@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
     Logits: TypeAlias = npt.NDArray[np.float64]
 
-CANDIDATES = ("exact", "half", "int8", "int8-channel", "k=int8,v=int4", "int4")
+CANDIDATES = ("exact", "half", "int8", "int8-channel", "k=int8,v=int4", "int4", "pca")
 """What is measured by default."""
+
+_CALIBRATION_N_TOKENS = 2048
+"""More is hardly better, and takes long to compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +81,9 @@ class CodecMeasure:
     """One codec on one model: size, seconds, and what it does to the answers.
 
     ``stored_as`` is what ``codec`` came down to for this model's tensors; ``n_fallback_blobs`` were
-    stored exactly although it is lossy. ``restore_s`` is the faster of two loads.
+    stored exactly although it is lossy. ``restore_s`` is the faster of two loads. What the codec
+    learned takes ``bases_nbytes`` beside ``stored_nbytes``, once for a model, and was learned from
+    ``n_calibration_tokens`` of another text, or from the stored ones themselves if that is 0.
     """
 
     codec: str
@@ -90,6 +95,13 @@ class CodecMeasure:
     save_s: float
     restore_s: float
     drift: Drift
+    bases_nbytes: int = 0
+    n_calibration_tokens: int = 0
+
+    @property
+    def is_in_sample(self) -> bool:
+        """Whether what is stored is also what the codec learned from: it then looks too good."""
+        return self.bases_nbytes > 0 and not self.n_calibration_tokens
 
 
 def measure_codecs(  # all of them are the question
@@ -100,8 +112,12 @@ def measure_codecs(  # all of them are the question
     *,
     n_scored: int = 256,
     n_generated: int = 256,
+    calibration: Sequence[int] = (),
 ) -> list[CodecMeasure]:
     """Each codec on ``model``; all of ``ids`` but the last ``n_scored + 1`` are stored.
+
+    ``calibration``: ids of another text, from which codecs that have to learn do so first.
+    ``split`` cuts it off a text.
 
     The cache's content is given up. ``folder`` holds a file for each codec, whose chunks divide the
     number of tokens, so that no tail is exact. Takes ``len(codecs)`` times the time to compute
@@ -119,13 +135,24 @@ def measure_codecs(  # all of them are the question
         kvstore.CodecChoice(name)
     n_stored, chunk_n_tokens = _stored_n_tokens(model, ids, n_scored, n_generated)
     text = list(ids[n_stored : n_stored + n_scored + 1])
+    paths = {
+        name: folder / f"{number}.db"
+        for number, name in enumerate(dict.fromkeys(("exact", *codecs)))
+    }
+    learning = {name for name in paths if kvstore.CodecChoice(name).needs_basis(model.cache.layout)}
+    if learning and calibration:
+        model.cache.truncate(0)
+        model.forward(calibration, start=0)
+        for name in learning:
+            with kvstore.open(paths[name], codec=name, chunk_n_tokens=chunk_n_tokens) as store:
+                store.save_session(model.cache, calibration)
     model.cache.truncate(0)
     model.forward(ids[:n_stored], start=0)
     saves = {}
-    for number, name in enumerate(dict.fromkeys(("exact", *codecs))):
-        path = folder / f"{number}.db"
+    for name, path in paths.items():
         with kvstore.open(path, codec=name, chunk_n_tokens=chunk_n_tokens) as store:
-            saves[name] = (path, store.save_session(model.cache, ids[:n_stored]))
+            saved = store.save_session(model.cache, ids[:n_stored])
+            saves[name] = (path, saved, store.stats().bases_nbytes)
 
     def answers(name: str, following: Sequence[int]) -> tuple[Logits, float]:
         path = saves[name][0]
@@ -142,7 +169,7 @@ def measure_codecs(  # all of them are the question
     for name in codecs:
         of_text, first_s = answers(name, text[:-1])
         of_generated, second_s = answers(name, generated[:-1])
-        saved = saves[name][1]
+        _, saved, bases_nbytes = saves[name]
         measures.append(
             CodecMeasure(
                 codec=name,
@@ -154,9 +181,24 @@ def measure_codecs(  # all of them are the question
                 save_s=saved.seconds,
                 restore_s=min(first_s, second_s),
                 drift=_drift(of_text, exact_text, text[1:], of_generated, exact_generated),
+                bases_nbytes=bases_nbytes,
+                n_calibration_tokens=len(calibration) if name in learning else 0,
             )
         )
     return measures
+
+
+def split(ids: list[int], *, n_scored: int = 256) -> tuple[list[int], list[int]]:
+    """``ids`` to store and score, and behind them those to calibrate with: none of a short text.
+
+    Both parts are long enough to learn from, so that the one says something of the other.
+    """
+    n_calibration = min(
+        _CALIBRATION_N_TOKENS, len(ids) - kvstore.MIN_TRAINING_N_TOKENS - n_scored - 1
+    )
+    if n_calibration < kvstore.MIN_TRAINING_N_TOKENS:
+        return ids, []
+    return ids[: len(ids) - n_calibration], ids[len(ids) - n_calibration :]
 
 
 def cheapest(measures: Sequence[CodecMeasure], bound: str) -> CodecMeasure:

@@ -1,4 +1,4 @@
--- Format version 2. FORMAT.md says what every column means.
+-- Format version 3. FORMAT.md says what every column means.
 CREATE TABLE format (
     id INTEGER NOT NULL PRIMARY KEY CHECK (id = 1),
     version INTEGER NOT NULL,
@@ -102,6 +102,15 @@ CREATE TABLE leases (
 );
 
 CREATE INDEX leases_by_chunk ON leases (chunk_id);
+
+CREATE TABLE bases (
+    id INTEGER NOT NULL PRIMARY KEY,
+    space_id INTEGER NOT NULL REFERENCES spaces (id) ON DELETE RESTRICT,
+    tensor INTEGER NOT NULL CHECK (tensor >= 0),
+    digest BLOB NOT NULL CHECK (length(digest) = 16),
+    data BLOB NOT NULL CHECK (length(data) > 0),
+    UNIQUE (space_id, tensor)
+);
 
 CREATE TABLE alembic_version (
     version_num VARCHAR(32) NOT NULL,

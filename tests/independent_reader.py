@@ -25,8 +25,12 @@ import zstandard
 
 SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 APPLICATION_ID = 0x6B767331
-VERSION = 2
-SCHEMA_SQL = {1: SCHEMAS / "schema_v1.sql", VERSION: SCHEMAS / "schema.sql"}
+VERSION = 3
+SCHEMA_SQL = {
+    1: SCHEMAS / "schema_v1.sql",
+    2: SCHEMAS / "schema_v2.sql",
+    VERSION: SCHEMAS / "schema.sql",
+}
 RINGS = ("window", "positions")
 MAX_WINDOW_NBYTES = 2**27
 ITEMSIZES = {
@@ -313,7 +317,7 @@ def read_metadata(data: object) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- codecs
 
-LOSSY = {3, 4, 5}
+LOSSY = {3, 4, 5, 6}
 FLOATS = {"float32": "f", "float16": "e", "bfloat16": "H"}
 
 
@@ -324,6 +328,8 @@ class Block:
     dtype: str
     n_tokens: int
     n_channels: int
+    start: int = 0
+    head_dim: int = 1
 
 
 def may_lose(tensor: Tensor) -> bool:
@@ -345,8 +351,12 @@ def codec_text(adapter: object) -> str:
     return match[2].decode("ascii")
 
 
-def decode_lossy(codec: int, stored: bytes, block: Block) -> tuple[bytes, bytes]:
+def decode_lossy(
+    codec: int, stored: bytes, block: Block, bases: dict[bytes, Basis] | None = None
+) -> tuple[bytes, bytes]:
     """The numbers, and what the checksum covers: tag, head and codes."""
+    if codec == 6:
+        return decode_pca(stored, block, bases or {})
     require(len(stored) >= 8, "codes: cut short")
     inner, head = stored[0], stored[1:8]
     variant, g, e = struct.unpack("<BHI", head)
@@ -383,6 +393,131 @@ def decode_lossy(codec: int, stored: bytes, block: Block) -> tuple[bytes, bytes]
                 code = byte >> 4 if channel >= c // 2 else byte & 15
             numbers.append((code + zeros[group]) * as_float(scales[group], "H"))
     return codes[:exact] + from_floats(numbers, block.dtype), bytes([codec]) + head + codes
+
+
+PACKINGS = {1: (1, 5), 2: (2, 3), 3: (7, 2)}
+"""Largest magnitude, and how many integers are in a byte."""
+
+
+def sine(place: int) -> int:
+    return round(2**14 * math.sin(2 * math.pi * (place % 65536) / 65536))
+
+
+@dataclass(frozen=True)
+class Basis:
+    digest: bytes
+    exponent: int
+    mean: list[int]
+    axes: list[list[int]]
+    pairing: int
+    head_dim: int
+    frequencies: list[int]
+
+    def turned(self, numbers: list[int], position: int) -> list[int]:
+        """The numbers of one token in units of ``2 ** -(exponent + 14)``."""
+        found = [number << 14 for number in numbers]
+        n_pairs = len(self.frequencies)
+        for first in range(0, len(numbers), self.head_dim) if self.pairing else ():
+            for pair, frequency in enumerate(self.frequencies):
+                place = ((frequency * position + 2**47) % 2**64) >> 48
+                cosine, s = sine(place + 16384), sine(place)
+                a, b = (2 * pair, 2 * pair + 1) if self.pairing == 1 else (pair, pair + n_pairs)
+                a, b = first + a, first + b
+                found[a] = numbers[a] * cosine - numbers[b] * s
+                found[b] = numbers[b] * cosine + numbers[a] * s
+        return found
+
+
+def packed_sizes(counts: tuple[int, ...], n: int) -> list[int]:
+    """Bytes of the rows of each packing."""
+    return [
+        2 * rows * n if packing == 5 else -(-rows * n // PACKINGS.get(packing, (127, 1))[1])
+        for packing, rows in enumerate(counts, 1)
+    ]
+
+
+def unpacked(packings: bytes, counts: tuple[int, ...], data: bytes, n: int) -> list[list[int]]:
+    """All rows of ``n`` integers."""
+    require(max(packings, default=0) <= 5, "packed rows: a packing")
+    rows = [[0] * n for _ in packings]
+    for packing, (count, nbytes) in enumerate(zip(counts, packed_sizes(counts, n), strict=True), 1):
+        section, data = data[:nbytes], data[nbytes:]
+        which = [row for row, one in enumerate(packings) if one == packing]
+        require(len(which) == count, "packed rows: how many")
+        if packing == 5:
+            half = nbytes // 2
+            pairs = zip(section[:half], section[half:], strict=True)
+            flat = [int.from_bytes(bytes(pair), "little", signed=True) for pair in pairs]
+        elif packing == 4:
+            flat = [int.from_bytes(bytes([byte]), signed=True) for byte in section]
+        else:
+            limit, n_digits = PACKINGS[packing]
+            base = 2 * limit + 1
+            require(max(section, default=0) < base**n_digits, "packed rows: a byte")
+            digits = range(n_digits)
+            flat = [byte // base**digit % base - limit for byte in section for digit in digits]
+        for number, row in enumerate(which):
+            rows[row] = flat[number * n : (number + 1) * n]
+    return rows
+
+
+def read_basis(data: bytes, n_channels: int) -> Basis:
+    require(len(data) > 22, "basis: cut short")
+    one, pairing, exponent, c, k, head_dim, n_pairs, *rows = struct.unpack("<BBhHHHH5H", data[:22])
+    counts = tuple(rows)
+    require(one == 1 and c == n_channels <= 2048, "basis: of what")
+    require(1 <= k <= c and sum(counts) == k, "basis: axes")
+    require(-64 <= exponent <= 112, "basis: exponent")
+    if pairing == 0:
+        require(head_dim == n_pairs == 0, "basis: a rotation that is none")
+    else:
+        require(pairing in {1, 2} and head_dim > 0 and head_dim % 2 == 0, "basis: rotation")
+        require(c % head_dim == 0 and 1 <= n_pairs <= head_dim // 2, "basis: pairs")
+    sizes = packed_sizes(counts, c)
+    require(data[22] in {0, 1}, "basis: how it is stored")
+    rest = decode(data[22], data[23:], 4 * c + 8 * n_pairs + k + sum(sizes))
+    at = 4 * c + 8 * n_pairs
+    axes = unpacked(rest[at : at + k], counts, rest[at + k :], c)
+    sums = [sum(abs(axis[place]) for axis in axes) for place in range(c)]
+    require(max(sums) <= 2**21, "basis: too large")
+    return Basis(
+        digest=hashlib.blake2b(
+            data[:22] + rest, digest_size=16, person=b"kvstore/basis".ljust(16, b"\0")
+        ).digest(),
+        exponent=exponent,
+        mean=list(struct.unpack(f"<{c}i", rest[: 4 * c])),
+        axes=axes,
+        pairing=pairing,
+        head_dim=head_dim,
+        frequencies=list(struct.unpack(f"<{n_pairs}Q", rest[4 * c : at])),
+    )
+
+
+def decode_pca(stored: bytes, block: Block, bases: dict[bytes, Basis]) -> tuple[bytes, bytes]:
+    """As ``decode_lossy``."""
+    require(len(stored) >= 34 and stored[0] in {0, 1, 2}, "pca: head")
+    variant, g, e, digest, *rows = struct.unpack("<BHI16s5H", stored[1:34])
+    n, c, counts = block.n_tokens, block.n_channels, tuple(rows)
+    require(block.dtype in FLOATS and (variant, g) == (1, 0) and e <= n, "pca: head")
+    require(digest in bases, "pca: no such basis")
+    basis = bases[digest]
+    require(len(basis.mean) == c, "pca: a basis of other numbers")
+    require(basis.pairing == 0 or basis.head_dim == block.head_dim, "pca: heads")
+    n_axes, m, exact = len(basis.axes), n - e, e * c * ITEMSIZES[block.dtype]
+    require(sum(counts) <= n_axes, "pca: rows")
+    codes = decode(stored[0], stored[34:], exact + n_axes + sum(packed_sizes(counts, m)))
+    packed = codes[exact + n_axes :]
+    components = unpacked(codes[exact : exact + n_axes], counts, packed, m)
+    numbers = []
+    for token in range(m):
+        sums = list(basis.mean)
+        for row, axis in zip(components, basis.axes, strict=True):
+            if row[token]:
+                sums = [one + row[token] * of_axis for one, of_axis in zip(sums, axis, strict=True)]
+        turned = basis.turned(sums, block.start + e + token)
+        numbers += [math.ldexp(one, -(basis.exponent + 14)) for one in turned]
+    singles = list(struct.unpack(f"<{m * c}f", struct.pack(f"<{m * c}f", *numbers)))
+    return codes[:exact] + from_floats(singles, block.dtype), b"\x06" + stored[1:34] + codes
 
 
 def as_float(stored: float, form: str) -> float:
@@ -566,8 +701,10 @@ class Reader:
         added = {kind for kind, *_ in found - expected}
         allowed = {"table", "index"} if version > VERSION else set()
         require(added <= allowed, "something was added to the schema")
-        # A file of version 1 is as one whose extras are all empty.
+        # A file of version 1 is as one whose extras are all empty, one of version 2 without bases.
         self._extras = "x''" if version == 1 else "extras"
+        self._has_bases = version >= 3
+        self._read_bases: dict[tuple[int, int], dict[bytes, Basis]] = {}
 
     # -- sessions
 
@@ -800,8 +937,10 @@ class Reader:
             if codec in LOSSY:
                 require(is_lossy and may_lose(tensor), "a lossy blob where all is exact")
                 n_channels = math.prod(tensor.shape) // tensor.capacity
-                block = Block(tensor.dtype, last - first, n_channels)
-                content, checked = decode_lossy(codec, data, block)
+                others = [n for axis, n in enumerate(tensor.shape) if axis != tensor.token_axis]
+                block = Block(tensor.dtype, last - first, n_channels, first, others[-1])
+                bases = self._bases(chunk.space_id, index, n_channels) if codec == 6 else {}
+                content, checked = decode_lossy(codec, data, block, bases)
             else:
                 content = checked = decode(codec, data, raw)
             require(checksum(chunk.key, index, first, last, checked) == expected, "checksum")
@@ -810,6 +949,29 @@ class Reader:
                 at = (position - first) * nbytes
                 decoded[index][position] = content[at : at + nbytes]
         return decoded
+
+    def _bases(self, space_id: int, tensor: int, n_channels: int) -> dict[bytes, Basis]:
+        """The basis of a tensor in a key space, if there is one, by its digest."""
+        where = space_id, tensor
+        if self._has_bases and where not in self._read_bases:
+            found = {}
+            question = "SELECT digest, data FROM bases WHERE space_id = ? AND tensor = ?"
+            for digest, data in self._rows(question, *where):
+                require(type(digest) is type(data) is bytes, "basis: a type")
+                basis = read_basis(data, n_channels)
+                require(basis.digest == digest, "basis: its digest")
+                found[digest] = basis
+            self._read_bases[where] = found
+        return self._read_bases.get(where, {})
+
+    def _verify_bases(self, spaces: dict[int, tuple[bytes, int, list[Tensor], bool]]) -> None:
+        for space_id, tensor in self._rows("SELECT space_id, tensor FROM bases"):
+            *_, layout, is_lossy = spaces[space_id]
+            require(is_lossy, "a basis where all is exact")
+            require(type(tensor) is int and tensor < len(layout), "a basis of no tensor")
+            require(may_lose(layout[tensor]), "a basis of a tensor that may not lose")
+            n_channels = math.prod(layout[tensor].shape) // layout[tensor].capacity
+            self._bases(space_id, tensor, n_channels)
 
     # -- everything
 
@@ -833,6 +995,8 @@ class Reader:
         ):
             require(root_key(models[model_id], size, namespace, adapter) == root, "a root key")
             spaces[space_id] = root, size, layouts[model_id], codec_text(adapter) != ""
+        if self._has_bases:
+            self._verify_bases(spaces)
         for chunk in self._chunks("ORDER BY id"):
             self._verify_chunk(chunk, *spaces[chunk.space_id])
         for session in self.sessions():

@@ -560,9 +560,9 @@ def test_where_no_thread_can_be_started_work_is_done_once(store, monkeypatch, in
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    def counted(request, write, part):
+    def counted(request, write, part, basis):
         done.append((write.key, part))
-        return encode(request, write, part)
+        return encode(request, write, part, basis)
 
     monkeypatch.setattr(saving, "_encode_part", counted)
     with monkeypatch.context() as patch:

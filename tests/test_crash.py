@@ -17,7 +17,7 @@ import kvstore
 from kvstore import restore
 from kvstore.db.tables import FORMAT_VERSION
 from tests.conftest import start_python
-from tests.fakes import BytesCache, layout
+from tests.fakes import BytesCache, SmoothCache, layout
 from tests.oracle import load_exact, raw
 
 SMALL = layout(n_layers=1, n_kv_heads=1, dtype="float16", capacity_n_tokens=128)
@@ -297,3 +297,116 @@ def test_a_load_that_is_interrupted_leaves_a_shorter_exact_cache(store, monkeypa
     assert n_tokens < 29
     assert cache.used() == [slots[:n_tokens] for slots in whole.used()]
     assert load_exact(store, name="a", cache=cache).n_tokens == 29
+
+
+# Each turn begins saves in the background, and the process dies in the middle of them.
+BACKGROUND_WRITER = """
+import os, sys
+import kvstore
+from tests.fakes import BytesCache, layout
+
+store = kvstore.open(sys.argv[1], chunk_n_tokens=8)
+cache = BytesCache(layout(n_layers=1, n_kv_heads=1, dtype="float16", capacity_n_tokens=128))
+cache.compute(range(9))
+store.save_session(cache, cache.tokens, name="a", metadata={"n": 9}, replace=True)
+os.write(int(sys.argv[2]), b"!")
+turn = 0
+while True:
+    turn += 1
+    cache.truncate(len(cache.tokens) - 4)
+    cache.compute(range(turn, turn + 13))
+    options = {"metadata": {"n": len(cache.tokens)}, "background": True}
+    store.save_session(cache, cache.tokens, name="a", **options)
+    store.save_session(cache, cache.tokens[:11], name=f"b{turn % 3}", background=True)
+    if len(cache.tokens) > 100:
+        cache.truncate(9)
+    if turn % 16 == 0:
+        store.flush()
+"""
+
+
+# Learns bases at some save, deletes all that needs them, and learns anew.
+LEARNER = """
+import os, sys
+import sqlalchemy as sa
+import kvstore
+import kvstore.training
+from tests.fakes import SmoothCache, layout
+
+kvstore.training.MIN_TRAINING_N_TOKENS = 20
+store = kvstore.open(sys.argv[1], chunk_n_tokens=8, codec="pca")
+limit, n_statements = int(sys.argv[2]), 0
+
+@sa.event.listens_for(store._database.engine, "before_cursor_execute")
+def count(*_):
+    global n_statements
+    n_statements += 1
+    if n_statements == limit:
+        os._exit(7)
+
+cache = SmoothCache(layout(n_layers=1, n_kv_heads=1, head_dim=16, capacity_n_tokens=128))
+for turn in range(3):
+    cache.truncate(0)
+    cache.compute(range(turn, turn + 12))
+    store.save_session(cache, cache.tokens, name="a", replace=True)
+    cache.compute(range(turn, turn + 30))
+    store.save_session(cache, cache.tokens, name="a", background=turn == 1)
+    store.flush()
+    if turn == 1:
+        store.prune(max_bytes=0)
+os._exit(0)
+"""
+LEARNED = layout(n_layers=1, n_kv_heads=1, head_dim=16, capacity_n_tokens=128)
+
+
+@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_ends_while_it_learns_leaves_bases_and_all_that_needs_them(tmp_path, step):
+    limit, code, n_bases = 1, 7, set()
+    while code == 7:
+        path = tmp_path / f"{limit}.db"
+
+        def action(path=path, limit=limit):
+            sys.argv[1:] = [str(path), str(limit)]
+            exec(compile(LEARNER, "learner", "exec"), {"__name__": "learner"})
+
+        code = in_child(action)
+        assert code in (0, 7)
+        with kvstore.open(path, chunk_n_tokens=8, codec="pca") as store:
+            assert store.verify().problems == ()
+            for session in store.sessions():
+                hit = store.load_session(SmoothCache(LEARNED), name=session.name)
+                assert hit.n_tokens >= min(session.n_stored_tokens, session.n_tokens - 1)
+        with raw(path) as connection:
+            n_bases |= {*connection.execute("SELECT count(*) FROM bases").fetchone()}
+        path.unlink()
+        limit += step
+    assert limit > 20
+    assert n_bases == {0, 2}
+
+
+def kill_forked(source, path, seconds):
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sys.argv[1:] = [str(path), str(tell)]
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # the child dies with it
+            exec(compile(source, "writer", "exec"), {"__name__": "writer"})
+        finally:
+            os._exit(3)
+    os.close(tell)
+    assert os.read(ready, 1) == b"!"
+    os.close(ready)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("n_kills", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_process_killed_while_it_saves_in_the_background_leaves_a_sound_store(tmp_path, n_kills):
+    path = tmp_path / "sessions.db"
+    kvstore.open(path).close()
+    delays = random.Random(7)
+    for _ in range(n_kills):
+        kill_forked(BACKGROUND_WRITER, path, delays.random() * 0.25)
+        assert len(check(path)) == 1

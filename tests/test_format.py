@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -71,25 +72,30 @@ BLOBS = {
     for verdict in ("accepted", "rejected")
 }
 LOSSY = read_json(VECTORS / "v2" / "lossy.json")
+PCA = read_json(VECTORS / "v3" / "pca.json")
 REJECTED = {
     (version, name): expected
-    for version in ("v1", "v2")
+    for version in ("v1", "v2", "v3")
     for name, expected in read_json(
         VECTORS / version / "databases" / "rejected" / "expected.json"
     ).items()
 }
-FORMAT_MD = (SCHEMAS / "FORMAT.md").read_text(encoding="utf-8")
+FORMAT_MD = (schemas_dir() / "FORMAT.md").read_text(encoding="utf-8")
 CHUNK_N_TOKENS = 32  # of the database vectors, unless they say otherwise
 
 
-# Vectors of version 1 that only a reader of version 1 takes for newer: they say that they are of
-# version 2, whose schema they do not have.
-ONCE_NEWER = {
-    "newer_readable",
-    "newer_readable_with_trigger",
-    "newer_version",
-    "newer_version_without_its_row",
-}
+# Vectors that only a reader of their own version takes for newer: they say that they are of
+# the next version, whose schema they do not have.
+ONCE_NEWER = [
+    (version, name)
+    for version in ("v1", "v2")
+    for name in (
+        "newer_readable",
+        "newer_readable_with_trigger",
+        "newer_version",
+        "newer_version_without_its_row",
+    )
+]
 
 
 def files(pattern):
@@ -99,7 +105,7 @@ def files(pattern):
     return [
         pytest.param(path, id=name)
         for path, name in zip(found, ids, strict=True)
-        if name not in {f"v1-{one}" for one in ONCE_NEWER}
+        if name not in {"-".join(one) for one in ONCE_NEWER}
     ]
 
 
@@ -582,10 +588,88 @@ def test_rejected_lossy_blobs_are_refused_by_both_readers(vector):
         codec.decode_into(vector["codec"], stored, one, memoryview(bytearray(nbytes)))
 
 
-def test_a_file_with_lossy_key_spaces_restores_as_described(tmp_path):
-    folder = VECTORS / "v2" / "databases"
-    path = unpacked(folder / "lossy.db.zst", tmp_path)
-    described = read_json(folder / "lossy.json")["sessions"]
+def pca_read_by_both(vector):
+    """Numbers and what is checked, by the second reader and by ours."""
+    one = codec.Block(
+        **{name: vector[name] for name in ("dtype", "start", "n_tokens", "n_channels", "head_dim")}
+    )
+    stored = bytes.fromhex(vector["stored"])
+    basis = PCA["bases"][vector["basis"]]
+    data = bytes.fromhex(basis["data"])
+
+    def second():
+        read = independent_reader.read_basis(data, basis["n_channels"])
+        simple = independent_reader.Block(
+            one.dtype, one.n_tokens, one.n_channels, one.start, one.head_dim
+        )
+        return independent_reader.decode_lossy(6, stored, simple, {read.digest: read})
+
+    def ours():
+        known = codec.Basis.from_bytes(memoryview(data), basis["n_channels"])
+        nbytes = one.n_tokens * one.n_channels * DTYPE_ITEMSIZE_NBYTES[one.dtype]
+        destination = bytearray(nbytes)
+
+        def bases(digest):
+            return known if digest == known.digest else codec.no_bases(digest)
+
+        checked = codec.decode_into(6, memoryview(stored), one, memoryview(destination), bases)
+        return bytes(destination), b"".join(checked)
+
+    return second, ours
+
+
+@pytest.mark.parametrize("vector", PCA["accepted"], ids=lambda vector: vector["name"])
+def test_accepted_blobs_of_pca_decode_to_the_bit_in_both_readers(vector):
+    for read in pca_read_by_both(vector):
+        assert [part.hex() for part in read()] == [vector["decoded"], vector["checked"]]
+
+
+@pytest.mark.parametrize("vector", PCA["rejected"], ids=lambda vector: vector["name"])
+def test_rejected_blobs_of_pca_are_refused_by_both_readers(vector):
+    second, ours = pca_read_by_both(vector)
+    with pytest.raises(Refused):
+        second()
+    with pytest.raises(CorruptStoreError):
+        ours()
+
+
+@pytest.mark.parametrize("name", PCA["bases"])
+def test_bases_are_read_and_written_again_under_the_same_digest(name):
+    vector = PCA["bases"][name]
+    data = bytes.fromhex(vector["data"])
+    basis = codec.Basis.from_bytes(memoryview(data), vector["n_channels"])
+    second = independent_reader.read_basis(data, vector["n_channels"])
+    assert basis.digest.hex() == second.digest.hex() == vector["digest"]
+    again = codec.Basis.from_bytes(memoryview(basis.to_bytes()), vector["n_channels"])
+    assert again == basis
+
+
+@pytest.mark.parametrize("vector", PCA["rejected_bases"], ids=lambda vector: vector["name"])
+def test_rejected_bases_are_refused_by_both_readers(vector):
+    data = bytes.fromhex(vector["data"])
+    with pytest.raises(Refused):
+        independent_reader.read_basis(data, vector["n_channels"])
+    with pytest.raises(codec.DecodeError):
+        codec.Basis.from_bytes(memoryview(data), vector["n_channels"])
+
+
+def test_the_table_of_sines_is_the_one_that_the_format_names():
+    sines = struct.pack("<65536h", *map(independent_reader.sine, range(65536)))
+    digest = hashlib.blake2b(sines, digest_size=32).hexdigest()
+    assert digest in FORMAT_MD
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "one"),
+    [
+        ("v2", "lossy", layout(capacity_n_tokens=96, head_dim=32)),
+        ("v3", "pca", layout(n_layers=1, capacity_n_tokens=256, n_kv_heads=1, head_dim=16)),
+    ],
+)
+def test_a_file_with_lossy_key_spaces_restores_as_described(version, name, one, tmp_path):
+    folder = VECTORS / version / "databases"
+    path = unpacked(folder / f"{name}.db.zst", tmp_path)
+    described = read_json(folder / f"{name}.json")["sessions"]
     with independent_reader.Reader(path) as reader:
         reader.verify()
         sessions = {session.name: session for session in reader.sessions()}
@@ -596,7 +680,7 @@ def test_a_file_with_lossy_key_spaces_restores_as_described(tmp_path):
             restored = reader.restore(session, expected["n_tokens"])
             digests = [hashlib.sha256(data).hexdigest() for data in restored.tensors]
             assert (restored.n_tokens, digests) == (expected["n_tokens"], expected["tensors"])
-            cache = BytesCache(layout(capacity_n_tokens=96, head_dim=32))
+            cache = BytesCache(one)
             with kvstore.open(path, chunk_n_tokens=session.chunk_n_tokens) as store:
                 assert store.verify().problems == ()
                 hit = store.load_session(cache, name=session.name)
@@ -606,6 +690,29 @@ def test_a_file_with_lossy_key_spaces_restores_as_described(tmp_path):
                 for index, spec in enumerate(cache.layout.tensors)
             ]
             assert digests == expected["tensors"]
+
+
+OF_BASES = read_json(VECTORS / "v3" / "databases" / "rejected_bases" / "expected.json")
+
+
+@pytest.mark.parametrize("name", OF_BASES)
+def test_files_with_wrong_bases_give_what_needs_none_of_them(name, tmp_path):
+    folder, expected = VECTORS / "v3" / "databases", OF_BASES[name]
+    path = unpacked(folder / "rejected_bases" / f"{name}.db.zst", tmp_path)
+    with Reader(path) as reader, pytest.raises(Refused):
+        reader.verify()
+    good, found = (
+        BytesCache(layout(n_layers=1, capacity_n_tokens=256, n_kv_heads=1, head_dim=16))
+        for _ in range(2)
+    )
+    with kvstore.open(path, read_only=True, chunk_n_tokens=CHUNK_N_TOKENS) as store:
+        assert not store.verify().ok
+        assert store.load_session(found, name=expected["session"]).n_tokens == expected["n_tokens"]
+    path = unpacked(folder / "pca.db.zst", tmp_path)
+    with kvstore.open(path, read_only=True, chunk_n_tokens=CHUNK_N_TOKENS) as store:
+        store.load_session(good, name=expected["session"])
+    good.truncate(expected["n_tokens"])
+    assert found.used() == good.used()
 
 
 # ---------------------------------------------------------------- whole files
@@ -626,13 +733,13 @@ def test_the_second_reader_restores_accepted_files_as_described(packed, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "packed", [one for one in files("databases/accepted/*.zst") if one.id.startswith("v1-")]
+    "packed", [one for one in files("databases/accepted/*.zst") if not one.id.startswith("v3-")]
 )
-def test_accepted_files_of_version_1_hold_the_same_after_an_upgrade(packed, tmp_path):
+def test_accepted_files_of_older_versions_hold_the_same_after_an_upgrade(packed, tmp_path):
     path = unpacked(packed, tmp_path)
     kvstore.open(path).close()
     (version,), _ = content(path)
-    assert version == 2
+    assert version == tables.FORMAT_VERSION
     check_against_description(path, description(packed))
     check_second_reader(path, description(packed))
 
@@ -667,7 +774,7 @@ def check_second_reader(path, described):
                     assert hashlib.sha256(data).hexdigest() == tensor["sha256"]
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 def test_every_rejected_file_has_an_expectation(version):
     found = (VECTORS / version / "databases" / "rejected").glob("*.zst")
     assert {(version, path.name.removesuffix(".db.zst")) for path in found} == {
@@ -692,9 +799,9 @@ def test_rejected_files_are_refused_when_they_are_opened(packed, expected, read_
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["writable", "read-only"])
-@pytest.mark.parametrize("name", sorted(ONCE_NEWER))
-def test_what_was_newer_than_version_1_is_refused(name, read_only, tmp_path):
-    (packed,) = VECTORS.glob(f"v1/databases/*/{name}.db.zst")
+@pytest.mark.parametrize(("version", "name"), ONCE_NEWER)
+def test_what_was_newer_than_an_older_version_is_refused(version, name, read_only, tmp_path):
+    (packed,) = VECTORS.glob(f"{version}/databases/*/{name}.db.zst")
     path = unpacked(packed, tmp_path)
     check_refused(path, "SchemaMismatchError", read_only=read_only)
     with pytest.raises(Refused):
@@ -995,13 +1102,13 @@ def test_a_new_file_has_the_header_that_the_document_states(tmp_path):
     connection.close()
     assert header == {
         "application_id": 0x6B767331,
-        "user_version": 2,
+        "user_version": 3,
         "page_size": 16384,
         "auto_vacuum": 2,
         "journal_mode": "wal",
         "encoding": "UTF-8",
     }
-    assert rows == [(1, 2, 2, 2)]
+    assert rows == [(1, 3, 2, 3)]
 
 
 @pytest.fixture
@@ -1012,9 +1119,9 @@ def later_migrations(tmp_path):
 
     def add(*statements):
         lines = "".join(f"    op.execute({statement!r})\n" for statement in statements)
-        (scripts / "versions" / "0003_more.py").write_text(
+        (scripts / "versions" / "0004_more.py").write_text(
             "from alembic import op\n\n"
-            'revision = "0003"\ndown_revision = "0002"\n\n\n'
+            'revision = "0004"\ndown_revision = "0003"\n\n\n'
             f"def upgrade():\n{lines}",
             encoding="utf-8",
         )
@@ -1041,14 +1148,14 @@ def content(path):
 
 
 def test_a_migration_that_fails_half_way_changes_nothing(later_migrations, tmp_path):
-    path = unpacked(GOLDEN / "v2.db.zst", tmp_path)
+    path = unpacked(GOLDEN / "v3.db.zst", tmp_path)
     content_before, objects_before = content(path), schema_objects(path)
     scripts = later_migrations(
         "CREATE TABLE more (id INTEGER NOT NULL PRIMARY KEY)",
         "INSERT INTO more (id) VALUES (1)",
         "DROP INDEX chunks_by_space",
-        "UPDATE format SET version = 3",
-        "PRAGMA user_version = 3",
+        "UPDATE format SET version = 4",
+        "PRAGMA user_version = 4",
         "INSERT INTO no_such_table VALUES (1)",
     )
     with pytest.raises(sa.exc.OperationalError, match="no_such_table"):
@@ -1060,21 +1167,21 @@ def test_a_migration_that_fails_half_way_changes_nothing(later_migrations, tmp_p
 
 
 def test_a_later_migration_upgrades_and_this_version_then_only_reads(later_migrations, tmp_path):
-    path = unpacked(GOLDEN / "v2.db.zst", tmp_path)
+    path = unpacked(GOLDEN / "v3.db.zst", tmp_path)
     run_upgrade(
         path,
         later_migrations(
             "CREATE TABLE more (id INTEGER NOT NULL PRIMARY KEY)",
-            "UPDATE format SET version = 3",
-            "PRAGMA user_version = 3",
+            "UPDATE format SET version = 4",
+            "PRAGMA user_version = 4",
         ),
     )
     (version,), _ = content(path)
-    assert version == 3
+    assert version == 4
     connection = sqlite3.connect(path)
-    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0003",)]
+    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0004",)]
     connection.close()
-    check_against_description(path, description(GOLDEN / "v2.db.zst"))
+    check_against_description(path, description(GOLDEN / "v3.db.zst"))
     with kvstore.open(path) as store:
         assert store.read_only
         assert store.verify().ok

@@ -43,7 +43,8 @@ def test_a_command_that_only_looks_imports_nothing_heavy(run_source, store_path,
 
 
 def test_every_public_name_exists_and_the_list_is_sorted():
-    assert kvstore.__all__ == sorted(kvstore.__all__)
+    constants_first = sorted(kvstore.__all__, key=lambda name: (not name.isupper(), name))
+    assert kvstore.__all__ == constants_first
     assert len(set(kvstore.__all__)) == len(kvstore.__all__)
     for name in kvstore.__all__:
         assert getattr(kvstore, name) is not None

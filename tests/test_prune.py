@@ -266,7 +266,7 @@ def test_the_budget_holds_after_every_save(open_store, store_path, clock, budget
 
 
 def test_a_long_save_over_several_transactions_stays_in_the_budget(open_store, clock):
-    budget = 1_600_000
+    budget = 1_650_000
     store = open_store(chunk_n_tokens=8, max_bytes=budget)
     for number in range(3):
         clock.now += 1000

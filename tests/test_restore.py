@@ -185,7 +185,7 @@ def test_a_store_that_only_reads_has_helpers_too_and_leaves_no_files(store_path,
         save(store, TOKENS, name="chat")
     with kvstore.open(store_path, chunk_n_tokens=8, read_only=True, n_threads=2) as store:
         assert load_exact(store, TOKENS).n_tokens == 29
-        assert len(store._database.readers._idle) == 2
+        assert 1 <= len(store._database.readers._idle) <= 2
     assert [path.name for path in store_path.parent.iterdir()] == [store_path.name]
 
 

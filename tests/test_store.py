@@ -71,7 +71,7 @@ def test_the_header_says_what_the_file_is(saved_path):
             return connection.execute(f"PRAGMA {name}").fetchone()[0]
 
         assert pragma("application_id") == APPLICATION_ID
-        assert pragma("user_version") == 2
+        assert pragma("user_version") == FORMAT_VERSION
         assert pragma("auto_vacuum") == 2
         assert pragma("page_size") == 16384
         assert pragma("journal_mode") == "wal"
@@ -408,14 +408,17 @@ def test_an_older_file_of_other_migrations_is_refused_and_left_alone(older_path,
     check_older(older_path)  # a reader ignores what that table says
 
 
-@pytest.mark.parametrize("n_statements", range(6))
+@pytest.mark.parametrize(
+    ("script", "n_statements"),
+    [*(("0002_edits.py", n) for n in range(6)), *(("0003_bases.py", n) for n in range(4))],
+)
 def test_an_upgrade_that_fails_leaves_the_older_file(
-    older_path, n_statements, tmp_path_factory, monkeypatch
+    older_path, script, n_statements, tmp_path_factory, monkeypatch
 ):
     scripts = tmp_path_factory.mktemp("scripts") / "migrations"
     shutil.copytree(migrations_dir(), scripts, ignore=shutil.ignore_patterns("__pycache__"))
-    with (scripts / "versions" / "0002_edits.py").open("a", encoding="utf-8") as script:
-        script.write(f"\nSTATEMENTS = (*STATEMENTS[:{n_statements}], 'no statement')\n")
+    with (scripts / "versions" / script).open("a", encoding="utf-8") as changed:
+        changed.write(f"\nSTATEMENTS = (*STATEMENTS[:{n_statements}], 'no statement')\n")
     monkeypatch.setattr("kvstore.db.migrate.migrations_dir", lambda: scripts)
     before = older_path.read_bytes()
     with pytest.raises(StoreError, match='near "no"'):

@@ -35,6 +35,7 @@ def command(path: Path, *, as_json: bool) -> None:
                 "path": str(path),
                 "file_nbytes": stats.file_nbytes,
                 "stored_nbytes": stats.stored_nbytes,
+                "bases_nbytes": stats.bases_nbytes,
                 "n_chunks": stats.n_chunks,
                 "sessions": [
                     {

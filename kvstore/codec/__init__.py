@@ -7,31 +7,42 @@ those: a chain of two. One module each. A new one gets the next free tag here an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from kvstore.codec.base import Codec, Codes, Head, Quantizer
+from kvstore.codec.basis import Basis
 from kvstore.codec.block import Block, block_of, may_lose
-from kvstore.codec.choice import EXACT, LOSSY, NAMES, RAW, CodecChoice, lossy_text
+from kvstore.codec.choice import EXACT, LOSSY, NAMES, NEED_BASIS, RAW, CodecChoice, lossy_text
 from kvstore.codec.half import Half
 from kvstore.codec.int4 import Int4
 from kvstore.codec.int8 import Int8
 from kvstore.codec.integers import BY_CHANNEL, BY_TOKEN
-from kvstore.codec.kernels import Grid, Kernels, NumpyKernels, kernels, use_kernels
+from kvstore.codec.kernels import Expansion, Grid, Kernels, NumpyKernels, kernels, use_kernels
+from kvstore.codec.pca import Pca, digest_in
 from kvstore.codec.planes import ITEMSIZES_NBYTES, Planes
 from kvstore.codec.raw import Raw
+from kvstore.codec.rotation import Rotation
 from kvstore.codec.scratch import scratch
 from kvstore.codec.zstd import Zstd
-from kvstore.errors import DecodeError
+from kvstore.errors import CorruptStoreError, DecodeError
 from kvstore.layout import DTYPE_ITEMSIZE_NBYTES
 
 CODECS: dict[int, Codec] = {codec.tag: codec for codec in (Raw(), Zstd(), Planes())}
 """Every exact codec that this version can read, by tag."""
 
-QUANTIZERS: dict[int, Quantizer] = {one.tag: one for one in (Half(), Int8(), Int4())}
+QUANTIZERS: dict[int, Quantizer] = {one.tag: one for one in (Half(), Int8(), Int4(), Pca())}
 """Every quantizer that this version can read, by tag."""
 
 QUICK = "quick"
 """The name of what is as ``exact``, for content that is going to be written anew: a tail."""
+
+MIN_TRAINING_N_TOKENS, MAX_TRAINING_N_TOKENS = 1536, 4096
+"""How many tokens a basis is learned from: from fewer it fits them alone."""
+
+BasisLookup: TypeAlias = Callable[[bytes], Basis]
+"""The basis of that digest; raises CorruptStoreError if it is not known, or damaged."""
 
 _SAMPLE_NBYTES = 64 << 10
 """Codes whose first bytes do not lose a quarter are stored as they are, without trying the rest:
@@ -52,12 +63,25 @@ class Encoded:
     is_fallback: bool = False
 
 
-def encode(data: memoryview, block: Block, name: str, role: str = "") -> Encoded:
+def needs_basis(name: str) -> bool:
+    """Whether the codec of that name needs a basis of the tensor to encode with."""
+    return name in NEED_BASIS
+
+
+def no_bases(digest: bytes) -> Basis:
+    """A ``BasisLookup`` of where there are none."""
+    raise CorruptStoreError(f"expected a basis {digest.hex()}, found none")
+
+
+def encode(
+    data: memoryview, block: Block, name: str, role: str = "", basis: Basis | None = None
+) -> Encoded:
     """``data`` by the codec of that name; exactly, if a lossy one cannot hold its numbers.
 
     ``role`` is the tensor's: ``int4`` and ``int8-channel`` group keys by channel, values by token.
+    ``basis`` is the tensor's too, for a codec that needs one: without it, it can hold nothing.
     """
-    quantizer = _quantizer(name, role)
+    quantizer = _quantizer(name, role, basis)
     if quantizer is not None:
         codes = quantizer.encode(data, block)
         encoded = None if codes is None else _encode_codes(quantizer, codes)
@@ -68,7 +92,11 @@ def encode(data: memoryview, block: Block, name: str, role: str = "") -> Encoded
 
 
 def decode_into(
-    tag: int, stored: memoryview, block: Block, destination: memoryview
+    tag: int,
+    stored: memoryview,
+    block: Block,
+    destination: memoryview,
+    bases: BasisLookup = no_bases,
 ) -> tuple[memoryview, ...]:
     """Fill ``destination`` exactly with what ``stored`` decodes to; returns what to check.
 
@@ -77,14 +105,17 @@ def decode_into(
 
     Raises:
         DecodeError: unknown tag, or the bytes do not decode to such a block.
+        CorruptStoreError: ``bases`` does not know the basis that is needed.
     """
     quantizer = QUANTIZERS.get(tag)
     if quantizer is None:
         decode_exact_into(tag, stored, destination)
         return (destination,)
     inner = stored[0] if stored.nbytes else -1
-    head = Head.from_bytes(stored[1:])
-    body = stored[1 + Head.NBYTES :]
+    head = Head.from_bytes(stored[1:], quantizer.more_nbytes)
+    body = stored[1 + Head.NBYTES + quantizer.more_nbytes :]
+    if isinstance(quantizer, Pca):
+        quantizer = Pca(bases(digest_in(head.more)))
     nbytes = quantizer.codes_nbytes(head, block)
     if inner == Raw.tag:
         if body.nbytes != nbytes:
@@ -135,6 +166,8 @@ def _encode_codes(quantizer: Quantizer, codes: Codes) -> Encoded:
     inner, body = Raw.tag, codes.body
     if isinstance(quantizer, Half):
         inner, body = encode_exact(codes.body, Planes(2))
+    elif isinstance(quantizer, Pca):
+        inner, body = _in_runs(codes)
     elif _gains(Zstd().encode(body[:_SAMPLE_NBYTES]), body[:_SAMPLE_NBYTES], one_part_in=4):
         inner, body = encode_exact(codes.body, Zstd())
     return Encoded(
@@ -144,12 +177,18 @@ def _encode_codes(quantizer: Quantizer, codes: Codes) -> Encoded:
     )
 
 
+def _in_runs(codes: Codes) -> tuple[int, memoryview]:
+    """As one frame with a code of its own for each run, or raw where that gains nothing."""
+    stored = Zstd(long_matches_only=True).encode_runs(codes.body, codes.runs)
+    return (Zstd.tag, stored) if _gains(stored, codes.body) else (Raw.tag, codes.body)
+
+
 def _tagged(tag: int, head: Head) -> memoryview:
     """What says how codes are read: without it, codes of one quantizer may be those of another."""
     return memoryview(bytes([tag]) + head.to_bytes())
 
 
-def _quantizer(name: str, role: str) -> Quantizer | None:
+def _quantizer(name: str, role: str, basis: Basis | None) -> Quantizer | None:
     if name == "half":
         return Half()
     if name == "int8":
@@ -158,6 +197,8 @@ def _quantizer(name: str, role: str) -> Quantizer | None:
         return Int8(BY_CHANNEL if role == "k" else BY_TOKEN)
     if name == "int4":
         return Int4(BY_CHANNEL if role == "k" else BY_TOKEN)
+    if name == "pca":
+        return Pca(basis)
     return None
 
 
@@ -169,20 +210,27 @@ __all__ = [
     "CODECS",
     "EXACT",
     "LOSSY",
+    "MAX_TRAINING_N_TOKENS",
+    "MIN_TRAINING_N_TOKENS",
     "NAMES",
     "QUANTIZERS",
     "QUICK",
     "RAW",
+    "Basis",
+    "BasisLookup",
     "Block",
     "Codec",
     "CodecChoice",
     "Encoded",
+    "Expansion",
     "Grid",
     "Kernels",
     "NumpyKernels",
+    "Pca",
     "Planes",
     "Quantizer",
     "Raw",
+    "Rotation",
     "Zstd",
     "block_of",
     "decode_exact_into",
@@ -193,6 +241,8 @@ __all__ = [
     "kernels",
     "lossy_text",
     "may_lose",
+    "needs_basis",
+    "no_bases",
     "scratch",
     "use_kernels",
 ]

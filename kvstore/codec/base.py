@@ -42,38 +42,43 @@ _HEAD = struct.Struct("<BHI")
 class Head:
     """What stands before the codes.
 
-    Which variant they are of, how many numbers share a scale, and how many tokens at the start
-    are stored as they are.
+    Which variant they are of, how many numbers share a scale, how many tokens at the start
+    are stored as they are, and whatever else one quantizer needs to know.
     """
 
     variant: int
     group_size: int = 0
     n_exact_tokens: int = 0
+    more: bytes = b""
 
     NBYTES: ClassVar[int] = _HEAD.size
+    """Without ``more``."""
 
     def to_bytes(self) -> bytes:
-        """``u8`` variant, ``u16`` group size, ``u32`` number of exact tokens."""
-        return _HEAD.pack(self.variant, self.group_size, self.n_exact_tokens)
+        """``u8`` variant, ``u16`` group size, ``u32`` number of exact tokens, and ``more``."""
+        return _HEAD.pack(self.variant, self.group_size, self.n_exact_tokens) + self.more
 
     @classmethod
-    def from_bytes(cls, data: memoryview) -> Self:
-        """The head at the start of ``data``.
+    def from_bytes(cls, data: memoryview, more_nbytes: int = 0) -> Self:
+        """The head at the start of ``data``, of which so many bytes are one quantizer's own.
 
         Raises:
             DecodeError: it is cut off.
         """
-        if data.nbytes < _HEAD.size:
-            raise DecodeError(f"codes: expected a head of {_HEAD.size} bytes, found {data.nbytes}")
-        return cls(*_HEAD.unpack(data[: _HEAD.size]))
+        nbytes = _HEAD.size + more_nbytes
+        if data.nbytes < nbytes:
+            raise DecodeError(f"codes: expected a head of {nbytes} bytes, found {data.nbytes}")
+        variant, group_size, n_exact_tokens = _HEAD.unpack(data[: _HEAD.size])
+        return cls(variant, group_size, n_exact_tokens, bytes(data[_HEAD.size : nbytes]))
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """A block's codes behind their head."""
+    """A block's codes behind their head; ``runs`` are lengths of what is alike, if that matters."""
 
     head: Head
     body: memoryview
+    runs: tuple[int, ...] = ()
 
 
 class Quantizer(Protocol):
@@ -88,6 +93,9 @@ class Quantizer(Protocol):
 
     name: ClassVar[str]
     """What people call it."""
+
+    more_nbytes: ClassVar[int]
+    """Bytes of its own in a head."""
 
     def encode(self, numbers: memoryview, block: Block) -> Codes | None:
         """The codes of ``numbers``, or None if they cannot be held.

@@ -6,13 +6,17 @@ import math
 import re
 from dataclasses import dataclass
 
+from kvstore.codec.basis import MAX_N_CHANNELS
 from kvstore.codec.block import block_of, may_lose
 from kvstore.codec.integers import MAX_GROUP_SIZE
 from kvstore.errors import InputError
 from kvstore.layout import Layout, TensorSpec
 
 EXACT, RAW = "exact", "raw"
-LOSSY = ("half", "int8", "int8-channel", "int4")
+LOSSY = ("half", "int8", "int8-channel", "int4", "pca")
+NEED_BASIS = ("pca",)
+"""Those that need a basis of the tensor: ``kvstore.codec.basis``."""
+
 NAMES = (EXACT, RAW, *LOSSY)
 """What a store can be told to write with, alone or in a mix."""
 
@@ -58,6 +62,10 @@ class CodecChoice:
             _name(spec, next((rule.name for rule in rules if rule.covers(spec)), EXACT))
             for spec in layout.tensors
         )
+
+    def needs_basis(self, layout: Layout) -> bool:
+        """Whether some tensor's codec has to learn a basis first."""
+        return any(name in NEED_BASIS for name in self.names(layout))
 
 
 def lossy_text(names: tuple[str, ...], layout: Layout) -> str:
@@ -108,6 +116,8 @@ def _fits(spec: TensorSpec, name: str) -> bool:
     if name == "half":
         return spec.dtype == "float32"
     block = block_of(spec, 0, 1)
+    if name == "pca":
+        return 2 <= block.n_channels <= MAX_N_CHANNELS
     by_channel = spec.role == "k" and name != "int8"
     if name == "int4":
         half = block.n_channels // 2

@@ -21,6 +21,7 @@ class Half:
 
     tag: ClassVar[int] = 3
     name: ClassVar[str] = "half"
+    more_nbytes: ClassVar[int] = 0
 
     def encode(self, numbers: memoryview, block: Block) -> Codes | None:
         """All numbers as float16 if none is larger than 65504, else as bfloat16."""

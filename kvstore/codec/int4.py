@@ -29,6 +29,7 @@ class Int4:
 
     tag: ClassVar[int] = 5
     name: ClassVar[str] = "int4"
+    more_nbytes: ClassVar[int] = 0
 
     variant: int = BY_TOKEN
 

@@ -29,6 +29,7 @@ class Int8:
 
     tag: ClassVar[int] = 4
     name: ClassVar[str] = "int8"
+    more_nbytes: ClassVar[int] = 0
 
     variant: int = BY_TOKEN
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from kvstore.codec.rotation import UNIT_BITS, Rotation
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -87,6 +89,25 @@ class Grid:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expansion:
+    """How codes ``[n_components, n_tokens]`` become ``[n_tokens, n_channels]`` numbers.
+
+    ``axes``: int16 ``[n_components, n_channels]``, ``mean``: int32 ``[n_channels]``, both in units
+    of ``2**-exponent``. ``is_small``: no sum, nor part of one, reaches 2**24; else 2**37.
+    ``rotation``: how the numbers are turned at last, the first token at position ``start``.
+    """
+
+    n_tokens: int
+    n_channels: int
+    axes: memoryview
+    mean: memoryview
+    exponent: int
+    is_small: bool
+    rotation: Rotation | None
+    start: int
+
+
 class Kernels(Protocol):
     """What lossy codecs do with numbers; every implementation gives the same bytes.
 
@@ -129,6 +150,15 @@ class Kernels(Protocol):
         dtype: str,
     ) -> None:
         """From scales, zeros and codes: ``(code + zero) * scale``, rounded to ``dtype`` once."""
+        ...
+
+    def expand_into(
+        self, codes: memoryview, expansion: Expansion, destination: memoryview, dtype: str
+    ) -> None:
+        """``(mean + codes @ axes) * 2**-exponent``, turned, from int16 codes.
+
+        Exact up to the end, then rounded to float32 and that to ``dtype``.
+        """
         ...
 
 
@@ -225,6 +255,31 @@ class NumpyKernels:
             with np.errstate(all="ignore"):  # of a damaged blob; its checksum says so
                 floats = (codes[part.start : part.stop].reshape(part.shape) + zero) * scale
             _round_into(floats, target[part.start : part.stop].reshape(part.shape), dtype)
+
+    def expand_into(
+        self, codes: memoryview, expansion: Expansion, destination: memoryview, dtype: str
+    ) -> None:
+        """Sums of integers are exact in any order as long as the floats can hold them."""
+        import numpy as np
+
+        n_tokens, n_channels = expansion.n_tokens, expansion.n_channels
+        floating: type[np.floating[Any]] = np.float32 if expansion.is_small else np.float64
+        axes = np.frombuffer(expansion.axes, np.int16).reshape(-1, n_channels).astype(floating)
+        rows = np.frombuffer(codes, np.int16).reshape(-1, n_tokens).astype(floating)
+        mean = np.frombuffer(expansion.mean, "<i4").astype(floating)
+        sums: Array = rows.T @ axes + mean
+        exponent, rotation = expansion.exponent, expansion.rotation
+        if rotation is not None:
+            exponent += UNIT_BITS
+            order = rotation.order()
+            turns = np.frombuffer(rotation.turns(expansion.start, n_tokens), np.int16)
+            phasors = turns.astype(np.float64).view(np.complex128).reshape(n_tokens, 1, -1)
+            heads = sums.reshape(n_tokens, -1, rotation.head_dim)
+            pairs = heads.astype(np.float64).take(order, axis=-1).view(np.complex128)
+            sums = np.empty(heads.shape)
+            sums[..., order] = (pairs * phasors).view(np.float64)
+        floats: Array = (sums * sums.dtype.type(2.0**-exponent)).astype(np.float32, copy=False)
+        _round_into(floats.reshape(-1), _stored(destination, dtype), dtype)
 
 
 _in_use: list[Kernels] = [NumpyKernels()]

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import zstandard
 
 from kvstore.errors import DecodeError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array: TypeAlias = npt.NDArray[Any]
 
 _MAX_WINDOW_NBYTES = 1 << 27
 """A frame that asks for a larger window is refused: its memory would not be bounded."""
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _RLE_BLOCK = 1
+
+_MIN_PIECE_NBYTES, _MAX_N_PIECES = 128, 8
+"""What is looked at when a run is cut into blocks."""
+
+_BLOCK_NBYTES, _SYMBOL_NBYTES = 30, 0.6
+"""About what a block costs by itself, and for each byte that occurs in it (measured)."""
 
 _per_thread = threading.local()
 
@@ -88,6 +100,19 @@ class Zstd:
         """One frame over ``data``."""
         return memoryview(_compressor(self).compress(data))
 
+    def encode_runs(self, data: memoryview, runs: Iterable[int]) -> memoryview:
+        """One frame over ``data``, with Huffman codes of their own for runs of so many bytes.
+
+        And within a run, wherever that pays: a frame's blocks have a code each.
+        """
+        frame = _compressor(self).compressobj(size=data.nbytes)
+        parts = []
+        for nbytes in filter(None, runs):
+            for block in _alike(data[:nbytes]):
+                parts += [frame.compress(block), frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+            data = data[nbytes:]
+        return memoryview(b"".join([*parts, frame.compress(data), frame.flush()]))
+
     def decode_into(self, stored: memoryview, destination: memoryview) -> None:
         """Decompress straight into ``destination``."""
         try:
@@ -132,6 +157,41 @@ class Zstd:
         if len(decoded) != nbytes:
             raise DecodeError(f"zstd blob: expected {nbytes} bytes, found {len(decoded)}")
         return decoded
+
+
+def _alike(data: memoryview) -> Iterator[memoryview]:
+    """``data`` in pieces whose Huffman codes, tables and all, are about the shortest together."""
+    import numpy as np
+
+    size = max(_MIN_PIECE_NBYTES, -(-data.nbytes // _MAX_N_PIECES))
+    n_pieces = -(-data.nbytes // size)
+    places = np.arange(data.nbytes) // size << 8 | np.frombuffer(data, np.uint8)
+    counts = np.bincount(places, minlength=n_pieces << 8).reshape(n_pieces, 256)
+    first = 0
+    for last in _cuts(counts):
+        yield data[first * size : last * size]
+        first = last
+
+
+def _cuts(counts: Array) -> list[int]:
+    """Where to cut pieces of so many of each byte, ``[n_pieces, 256]``; the end is the last one."""
+    total = counts.cumsum(axis=0)
+    apart = _code_nbytes(total[:-1]) + _code_nbytes(total[-1] - total[:-1])
+    if not apart.size or apart.min() >= _code_nbytes(total[-1]):
+        return [len(counts)]
+    cut = int(apart.argmin()) + 1
+    return [*_cuts(counts[:cut]), *(cut + other for other in _cuts(counts[cut:]))]
+
+
+def _code_nbytes(counts: Array) -> Array:
+    """About how long bytes that occur so often get, ``[..., 256]``, with their table."""
+    import numpy as np
+
+    n = counts.sum(axis=-1)
+    bits = n * np.log2(np.maximum(n, 1)) - (counts * np.log2(np.maximum(counts, 1))).sum(axis=-1)
+    table_nbytes = _BLOCK_NBYTES + _SYMBOL_NBYTES * np.count_nonzero(counts, axis=-1)
+    found: Array = bits / 8 + table_nbytes
+    return found
 
 
 def _check_header(stored: memoryview, nbytes: int) -> None:

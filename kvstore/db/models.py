@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from kvstore.db import bases
 from kvstore.db.engine import insert_row
 from kvstore.db.tables import chunks, models, sessions, spaces
 from kvstore.errors import CorruptStoreError, InputError
@@ -141,6 +142,7 @@ _DELETE_MODELS = sa.delete(models).where(~sa.exists().where(spaces.c.model_id ==
 
 
 def delete_unused(connection: sa.Connection) -> None:
-    """Delete spaces without chunks and sessions, then models without spaces."""
+    """Delete bases of spaces without chunks, spaces without sessions too, models without spaces."""
+    bases.delete_unused(connection)
     connection.execute(_DELETE_SPACES)
     connection.execute(_DELETE_MODELS)

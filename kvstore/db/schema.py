@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from kvstore._bundle import schemas_dir
 from kvstore.db import engine as db
+from kvstore.db.basis_cache import BasisCache
 from kvstore.db.readers import Readers
 from kvstore.db.tables import FORMAT_VERSION
 from kvstore.db.vendor import vendor_errors
@@ -25,8 +26,13 @@ from kvstore.errors import (
 
 VIEWS_OF_OLDER: dict[int, tuple[str, ...]] = {
     1: ("CREATE TEMP VIEW chunks AS SELECT *, x'' AS extras FROM main.chunks",),
+    2: (),
 }
-"""What makes a file of an older version look like one of this version, for reading only."""
+"""What makes a file of an older version look like one of this version, for reading only.
+
+A table that it lacks has no view, which would hide the table if another process upgrades the file
+meanwhile: ``kvstore.db.bases`` asks whether there is one.
+"""
 
 SchemaObjects = frozenset[tuple[str, str, str, str]]
 """``sqlite_schema`` as ``(type, name, tbl_name, normalised sql)``."""
@@ -34,11 +40,12 @@ SchemaObjects = frozenset[tuple[str, str, str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Database:
-    """An engine on a checked file of the current format, and readers of its payloads."""
+    """An engine on a checked file of the current format, readers of its payloads, known bases."""
 
     path: Path
     engine: sa.Engine
     readers: Readers
+    bases: BasisCache
     read_only: bool
 
     def close(self) -> None:
@@ -118,6 +125,7 @@ def open_database(
         path=path,
         engine=engine,
         readers=readers,
+        bases=BasisCache(),
         read_only=newer or access != "write",
     )
 

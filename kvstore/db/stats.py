@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from kvstore.db import bases
 from kvstore.db.engine import size_nbytes
 from kvstore.db.tables import chunks, models, sessions
 
@@ -14,8 +15,8 @@ from kvstore.db.tables import chunks, models, sessions
 class StoreStats:
     """How much is in the file.
 
-    ``raw_nbytes`` of K and V take ``stored_nbytes`` encoded; ``file_nbytes`` is
-    the whole database as SQLite counts it, without the WAL.
+    ``raw_nbytes`` of K and V take ``stored_nbytes`` encoded, beside ``bases_nbytes`` of what codecs
+    learned; ``file_nbytes`` is the whole database as SQLite counts it, without the WAL.
     """
 
     n_models: int
@@ -23,6 +24,7 @@ class StoreStats:
     n_chunks: int
     raw_nbytes: int
     stored_nbytes: int
+    bases_nbytes: int
     file_nbytes: int
 
 
@@ -45,5 +47,6 @@ def read_stats(connection: sa.Connection) -> StoreStats:
         n_chunks=count(chunks),
         raw_nbytes=total(chunks.c.raw_nbytes),
         stored_nbytes=total(chunks.c.stored_nbytes),
+        bases_nbytes=bases.total_nbytes(connection),
         file_nbytes=size_nbytes(connection),
     )

@@ -1,4 +1,4 @@
-"""The tables of format version 2, as SQLAlchemy sees them.
+"""The tables of format version 3, as SQLAlchemy sees them.
 
 ``migrations/`` makes them, ``schemas/schema.sql`` states them, and a test holds
 the three together. ``schemas/FORMAT.md`` says what each column means.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MIN_READER = 2
-MIN_WRITER = 2
+MIN_WRITER = 3
 
 metadata = sa.MetaData()
 
@@ -115,4 +115,15 @@ leases = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("chunk_id", sa.ForeignKey("chunks.id"), nullable=False),
     sa.Column("expires_at_ms", sa.Integer, nullable=False),
+)
+
+bases = sa.Table(
+    "bases",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("space_id", sa.ForeignKey("spaces.id"), nullable=False),
+    sa.Column("tensor", sa.Integer, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+    sa.UniqueConstraint("space_id", "tensor"),
 )

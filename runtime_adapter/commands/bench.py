@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from kvstore import CodecChoice
 from kvstore.errors import StorePathError
 from runtime_adapter.breakeven import FirstToken, break_even_n_tokens, measure_first_token
 from runtime_adapter.commands.demo import builtin_prompt, packaged
@@ -23,9 +24,10 @@ from runtime_adapter.quality import (
     CodecMeasure,
     cheapest,
     measure_codecs,
+    split,
 )
 
-_TEXT_N_TOKENS = 1536 + 257
+_TEXT_N_TOKENS, _CALIBRATION_N_TOKENS = 1536 + 257, 2048
 """Of the packaged text, which the packaged model was not trained on."""
 
 
@@ -96,12 +98,24 @@ def bench(
         raise click.UsageError("--codecs: expected names between semicolons, found none")
     with contextlib.ExitStack() as stack:
         program = model or stack.enter_context(packaged("tiny-llama.pte"))
-        ids = builtin_prompt(_TEXT_N_TOKENS) if prompt_ids is None else read_prompt_ids(prompt_ids)
         place = stack.enter_context(_temporary_folder(folder))
         opened = stack.enter_context(Model.open(program, data_path=data))
+        if prompt_ids is None:
+            text = builtin_prompt(_TEXT_N_TOKENS + _CALIBRATION_N_TOKENS)
+            ids, calibration = text[:_TEXT_N_TOKENS], text[_TEXT_N_TOKENS:]
+        else:
+            text, layout = read_prompt_ids(prompt_ids), opened.cache.layout
+            is_needed = any(CodecChoice(name).needs_basis(layout) for name in names)
+            ids, calibration = split(text, n_scored=n_scored) if is_needed else (text, [])
         with working("measuring codecs"):
             measures = measure_codecs(
-                opened, ids, names, place, n_scored=n_scored, n_generated=n_generate
+                opened,
+                ids,
+                names,
+                place,
+                n_scored=n_scored,
+                n_generated=n_generate,
+                calibration=calibration,
             )
         chosen = None if auto is None else cheapest(measures, auto)
         codec = "exact" if chosen is None else chosen.codec
@@ -117,7 +131,11 @@ def bench(
             "break_even_n_tokens": warm,
             "cold_break_even_n_tokens": cold,
             "codecs": [
-                {**asdict(one), "perplexity_change": one.drift.perplexity_change}
+                {
+                    **asdict(one),
+                    "perplexity_change": one.drift.perplexity_change,
+                    "is_in_sample": one.is_in_sample,
+                }
                 for one in measures
             ],
             "auto": None if chosen is None else {"bound": auto, "codec": chosen.codec},
@@ -189,7 +207,9 @@ def _codec_table(measures: Sequence[CodecMeasure]) -> str:
                 f"{drift.mean_logit_error:.4f} / {drift.max_logit_error:.3f}",
                 f"{drift.top1:.2%}",
                 f"{drift.generated_top1:.2%}",
-                one.stored_as + (f", {one.n_fallback_blobs} exactly" * bool(one.n_fallback_blobs)),
+                one.stored_as
+                + (f", {one.n_fallback_blobs} exactly" * bool(one.n_fallback_blobs))
+                + (f", bases {one.bases_nbytes / 1024:.0f} KiB" * bool(one.bases_nbytes)),
             )
         )
     first = measures[0]
@@ -197,7 +217,17 @@ def _codec_table(measures: Sequence[CodecMeasure]) -> str:
         f"codecs ({first.n_tokens} tokens stored, {first.drift.n_scored_tokens} more of the text "
         f"scored, {first.drift.n_generated_tokens} generated)"
     )
-    return "\n".join([title, *_aligned(rows)])
+    return "\n".join([title, *_aligned(rows), *_of_bases(measures)])
+
+
+def _of_bases(measures: Sequence[CodecMeasure]) -> list[str]:
+    """What the bases were learned from, which decides what the sizes are worth."""
+    n_tokens = max((one.n_calibration_tokens for one in measures), default=0)
+    if n_tokens:
+        return [f"bases learned from {n_tokens} other tokens of the text, kept once for a model"]
+    if any(one.is_in_sample for one in measures):
+        return ["bases learned from the stored tokens, for want of a longer text: others take more"]
+    return []
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from kvstore import Grid
+from kvstore import Expansion, Grid, Rotation
 
 _DTYPES = {
     "float32": torch.float32,
@@ -26,10 +28,12 @@ _DTYPES = {
     "int8": torch.int8,
     "uint8": torch.uint8,
     "int16": torch.int16,
+    "int32": torch.int32,
 }
 _SMALLEST_SCALE = 0x0080
 _MAX_ZERO = 32767.0
 _MAX_N_ROOMS = 4
+_UNIT_BITS = 14
 
 
 class TorchKernels:
@@ -119,6 +123,63 @@ class TorchKernels:
                 floats.add_(zero).mul_(scale)
             _tensor(destination, dtype).copy_(room.floats)
 
+    def expand_into(
+        self, codes: memoryview, expansion: Expansion, destination: memoryview, dtype: str
+    ) -> None:
+        """``(mean + codes @ axes) * 2**-exponent``, turned."""
+        n_tokens, n_channels = expansion.n_tokens, expansion.n_channels
+        exact = torch.float32 if expansion.is_small else torch.float64
+        rows = _tensor(codes, "int16").view(-1, n_tokens)
+        axes = _tensor(expansion.axes, "int16").view(-1, n_channels)
+        mean = _tensor(expansion.mean, "int32")
+        target = _tensor(destination, dtype).view(n_tokens, n_channels)
+        unit, rotation = 2.0**-expansion.exponent, expansion.rotation
+        with _one_thread():
+            left = _held("rows", rows.shape, exact).copy_(rows)
+            right = _held("axes", axes.shape, exact).copy_(axes)
+            sums = _held("sums", target.shape, exact)
+            torch.addmm(mean.to(exact), left.T, right, out=sums)
+            if rotation is None:
+                target.copy_(sums.mul_(unit).float())
+                return
+            heads = sums.view(n_tokens, -1, rotation.head_dim)
+            target = target.view(heads.shape)
+            n_turned = 2 * rotation.n_pairs
+            shape = (*heads.shape[:2], rotation.n_pairs, 2)
+            pairs = _held("pairs", shape, torch.float64)
+            pairs.copy_(_in_pairs(heads[..., :n_turned], rotation))
+            phasors = _phasors(rotation, expansion.start, n_tokens)
+            torch.view_as_complex(pairs).mul_(phasors)
+            turned = _held("turned", shape, torch.float32)
+            turned.copy_(pairs.mul_(unit / (1 << _UNIT_BITS)))
+            _in_pairs(target[..., :n_turned], rotation).copy_(turned)
+            if n_turned < rotation.head_dim:
+                target[..., n_turned:].copy_(heads[..., n_turned:].mul_(unit).float())
+
+
+@functools.lru_cache(maxsize=8)
+def _phasors(rotation: Rotation, start: int, n_tokens: int) -> torch.Tensor:
+    """Complex ``[n_tokens, 1, n_pairs]``: the keys of all layers turn alike."""
+    turns = _tensor(rotation.turns(start, n_tokens), "int16").view(n_tokens, 1, -1, 2)
+    return torch.view_as_complex(turns[:, :, : rotation.n_pairs].double())
+
+
+def _in_pairs(turned: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """A view ``[n_tokens, n_heads, n_pairs, 2]`` of the numbers of each head that turn."""
+    n_tokens, n_heads, _ = turned.shape
+    if rotation.is_interleaved:
+        return turned.view(n_tokens, n_heads, -1, 2)
+    return turned.view(n_tokens, n_heads, 2, -1).transpose(-1, -2)
+
+
+def _held(use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """This thread's memory for one use, which grows to what the largest blob needs."""
+    held: dict[tuple[str, torch.dtype], torch.Tensor] = _per_thread.__dict__.setdefault("held", {})
+    n = math.prod(shape)
+    if (use, dtype) not in held or held[use, dtype].numel() < n:
+        held[use, dtype] = torch.empty(n, dtype=dtype)
+    return held[use, dtype][:n].view(shape)
+
 
 class _Room:
     """Memory of one thread for the blobs of one grid, seen in every way that decoding needs.
@@ -169,9 +230,15 @@ def _tensor(data: memoryview, dtype: str) -> torch.Tensor:
     if not data.nbytes:
         return torch.empty(0, dtype=_DTYPES[dtype])
     address = np.frombuffer(data, np.uint8).ctypes.data
-    memory = (ctypes.c_char * data.nbytes).from_address(address)
-    memory.owner = data  # type: ignore[attr-defined]  # keeps it alive as long as the tensor
+    memory = _array_type(data.nbytes).from_address(address)
+    memory.owner = data
     return torch.frombuffer(memory, dtype=_DTYPES[dtype])
+
+
+@functools.lru_cache(maxsize=1024)
+def _array_type(nbytes: int) -> Any:
+    """Memory of so many bytes as a type, which takes 30 us to make, kept alive."""
+    return ctypes.c_char * nbytes
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

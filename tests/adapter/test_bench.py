@@ -27,6 +27,7 @@ from runtime_adapter.quality import (
     Drift,
     cheapest,
     measure_codecs,
+    split,
 )
 
 pytestmark = pytest.mark.adapter
@@ -56,6 +57,31 @@ def test_an_exact_codec_changes_no_answer_and_lossy_ones_a_little(tiny, tmp_path
         assert math.isclose(one.drift.exact_perplexity, exact.drift.perplexity)
     assert exact.stored_nbytes > half.stored_nbytes > int8.stored_nbytes > int4.stored_nbytes
     assert {(one.n_tokens, one.drift.n_scored_tokens) for one in found} == {(256, 40)}
+
+
+@pytest.mark.slow
+def test_what_a_codec_learns_is_learned_from_another_text_if_there_is_one(tiny, tmp_path):
+    ids, calibration = builtin_prompt(256 + 41), builtin_prompt(6000)[400:1936]
+    found = measure_codecs(
+        *(tiny, ids, ["exact", "pca"], tmp_path),
+        n_scored=40,
+        n_generated=20,
+        calibration=calibration,
+    )
+    assert [one.n_calibration_tokens for one in found] == [0, 1536]
+    assert [one.bases_nbytes > 0 for one in found] == [False, True]
+    exact, pca = found
+    assert pca.n_fallback_blobs == 0
+    assert not pca.is_in_sample
+    assert pca.stored_nbytes < exact.stored_nbytes / 5
+    assert pca.drift.mean_kl < 0.01
+
+
+def test_a_text_is_split_if_both_parts_are_long_enough_to_learn_from():
+    short, least, long = (list(range(n)) for n in (3328, 2 * 1536 + 257, 10_000))
+    assert split(short) == (short, [])
+    assert split(least) == (least[:-1536], least[-1536:])
+    assert split(long) == (long[:-2048], long[-2048:])
 
 
 def test_what_does_not_fit_is_refused(tiny, tmp_path):

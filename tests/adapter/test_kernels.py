@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import as_file, files
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 pytest.importorskip("executorch")
 
-from kvstore import Grid, use_kernels
+from kvstore import Expansion, Grid, Rotation, use_kernels
 from kvstore.codec import NumpyKernels, kernels
 from runtime_adapter import Model
 from runtime_adapter.runtime.kernels import TorchKernels
@@ -107,6 +108,50 @@ def test_any_codes_are_decoded_alike(data):
         four.append(bytes(destination))
     assert eight[0] == eight[1]
     assert four[0] == four[1]
+
+
+@given(st.data())
+def test_components_become_the_same_numbers(data):
+    """Whatever they are: small sums, sums that only a float64 holds, turned or not."""
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    n_components, n_tokens = data.draw(st.integers(0, 12)), data.draw(st.integers(1, 40))
+    n_heads, head_dim = data.draw(st.integers(1, 3)), 2 * data.draw(st.integers(1, 12))
+    rotation = None
+    if data.draw(st.booleans()):
+        n_pairs = data.draw(st.integers(1, head_dim // 2))
+        frequencies = generator.integers(0, 2**64, n_pairs, dtype=np.uint64).tobytes()
+        pairing = data.draw(st.sampled_from([1, 2]))
+        rotation = Rotation(pairing=pairing, head_dim=head_dim, frequencies=frequencies)
+    is_small, n_channels = data.draw(st.booleans()), n_heads * head_dim
+    largest = 300 if is_small else 32767
+    axes = generator.integers(-largest, largest + 1, (n_components, n_channels)).astype(np.int16)
+    mean_limit = 1000 if is_small else 2**31 - 1
+    mean = generator.integers(-mean_limit, mean_limit + 1, n_channels).astype(np.int32)
+    limit = 4000 if is_small else 32767
+    codes = generator.integers(-limit, limit + 1, (n_components, n_tokens)).astype(np.int16)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    expansion = Expansion(
+        n_tokens=n_tokens,
+        n_channels=n_channels,
+        axes=memoryview(axes.tobytes()),
+        mean=memoryview(mean.tobytes()),
+        exponent=data.draw(st.integers(20, 40)),
+        is_small=is_small,
+        rotation=rotation,
+        start=data.draw(st.integers(0, 2**40)),
+    )
+    restored = []
+    for one in (DEFINITION, TORCH):
+        nbytes = n_tokens * n_channels * (4 if dtype == "float32" else 2)
+        destination = memoryview(bytearray(nbytes))
+        one.expand_into(memoryview(codes.tobytes()), expansion, destination, dtype)
+        restored.append(bytes(destination))
+    assert restored[0] == restored[1]
+    if is_small:  # the same sums in the wider floats
+        destination = memoryview(bytearray(len(restored[0])))
+        wide = replace(expansion, is_small=False)
+        DEFINITION.expand_into(memoryview(codes.tobytes()), wide, destination, dtype)
+        assert bytes(destination) == restored[0]
 
 
 @EVERY_DTYPE
