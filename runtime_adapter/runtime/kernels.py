@@ -128,7 +128,9 @@ class TorchKernels:
     ) -> None:
         """``(mean + codes @ axes) * 2**-exponent``, turned."""
         n_tokens, n_channels = expansion.n_tokens, expansion.n_channels
-        exact = torch.float32 if expansion.is_small else torch.float64
+        # An app may have let products of float32 be computed with fewer bits.
+        is_exact = torch.get_float32_matmul_precision() == "highest"
+        exact = torch.float32 if expansion.is_small and is_exact else torch.float64
         rows = _tensor(codes, "int16").view(-1, n_tokens)
         axes = _tensor(expansion.axes, "int16").view(-1, n_channels)
         mean = _tensor(expansion.mean, "int32")
