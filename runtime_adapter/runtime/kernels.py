@@ -231,6 +231,8 @@ def _tensor(data: memoryview, dtype: str) -> torch.Tensor:
     """A view of ``data``; torch warns of what may not be written, so it is not told."""
     if not data.nbytes:
         return torch.empty(0, dtype=_DTYPES[dtype])
+    if not data.readonly:
+        return torch.frombuffer(data, dtype=_DTYPES[dtype])
     address = np.frombuffer(data, np.uint8).ctypes.data
     memory = _array_type(data.nbytes).from_address(address)
     memory.owner = data
