@@ -456,6 +456,7 @@ def unpacked(packings: bytes, counts: tuple[int, ...], data: bytes, n: int) -> l
             require(max(section, default=0) < base**n_digits, "packed rows: a byte")
             digits = range(n_digits)
             flat = [byte // base**digit % base - limit for byte in section for digit in digits]
+        require(packing < 4 or min(flat, default=0) >= 1 - 2 ** (8 * packing - 25), "packed rows")
         for number, row in enumerate(which):
             rows[row] = flat[number * n : (number + 1) * n]
     return rows

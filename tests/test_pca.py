@@ -394,3 +394,39 @@ def test_threads_may_use_a_basis_at_once():
     expected = [work(data) for data in datas]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(work, datas)) == expected
+
+
+def test_tokens_that_all_are_the_mean_have_no_codes_and_come_back():
+    one = block(256, start=4000)
+    basis = learned()
+    middle = np.frombuffer(basis.mean, "<i4") * np.ldexp(1.0, -basis.exponent)
+    floats = np.tile(middle.astype(np.float32), (one.n_tokens, 1))
+    encoded = codec.encode(as_bytes(floats, "float32"), one, "pca", "v", basis)
+    assert not encoded.is_fallback
+    found = bytearray(floats.nbytes)
+    codec.decode_into(encoded.tag, encoded.stored, one, memoryview(found), lambda _: basis)
+    assert np.array_equal(as_floats(found, "float32", floats.shape), floats)
+
+
+@pytest.mark.parametrize("times", [10, 100, 1000])
+@pytest.mark.parametrize("role", ["k", "v"])
+def test_what_is_far_from_all_else_does_not_make_the_rest_coarse(role, times):
+    one, other = block(N_LEARNED), block(256, start=9000)
+    floats = spoken(one, 1)
+    usual = Basis.train(as_bytes(floats, "float32"), one, role=role)
+    floats[700] *= times
+    basis = Basis.train(as_bytes(floats, "float32"), one, role=role)
+    assert basis.exponent == usual.exponent
+    tokens = spoken(other, 2)
+    encoded = codec.encode(as_bytes(tokens, "float32"), other, "pca", role, basis)
+    assert not encoded.is_fallback
+    found = bytearray(tokens.nbytes)
+    codec.decode_into(encoded.tag, encoded.stored, other, memoryview(found), lambda _: basis)
+    error = as_floats(found, "float32", tokens.shape) - tokens
+    assert np.square(error).mean() < 0.02 * tokens.var(axis=0).mean()
+
+
+@pytest.mark.parametrize("spread", [1e-25, 1e-21, 1e-18])
+def test_what_hardly_differs_is_not_learned_from(spread):
+    one = block(N_LEARNED)
+    assert Basis.train(as_bytes(spread * spoken(one, 1, mean=0), "float32"), one, role="v") is None

@@ -45,6 +45,19 @@ More precise axes take more room and gain next to nothing: together they span al
 _MIN_ROPE_GAIN = 0.02
 """How much smaller, as a part, codes have to become for a rotation to be undone."""
 
+_FAR = 8.0
+"""A token so many times as far from the middle as usual has no say in what is learned.
+
+One that is 300 times as far would make the step, and so the error of all others, as large as they
+are themselves.
+"""
+
+_MAX_ROTARY_HEAD_DIM = 512
+"""Wider heads do not turn (what they hold is compressed), and looking for it would take long."""
+
+_MIN_STEP = 1e-18
+"""Below it squares are no normal float32 numbers."""
+
 _MAX_MAGNITUDE = 1e15
 """Of what a basis is learned from: its squares have to fit a float32."""
 
@@ -102,14 +115,16 @@ class Basis:
         start = block.start + n_passed
         if len(tokens) < 2 or not np.abs(tokens).max() <= _MAX_MAGNITUDE:  # nor is it NaN
             return None
-        best = _moments(tokens)
+        tokens, is_usual = _without_far_ones(tokens)
+        best = _moments(tokens[is_usual])
         rotation = None
-        if best.step <= 0:
+        if not best.step > _MIN_STEP:
             return None
-        for one in rope.candidates(tokens, block.head_dim) if role == "k" else ():
-            other = _moments(one.undone(tokens, start))
+        can_turn = role == "k" and block.head_dim <= _MAX_ROTARY_HEAD_DIM
+        for one in rope.candidates(tokens, block.head_dim) if can_turn else ():
+            other = _moments(one.undone(tokens, start)[is_usual])
             step = min(best.step, other.step)
-            if step > 0 and other.cost(step) < (1 - _MIN_ROPE_GAIN) * best.cost(step):
+            if step > _MIN_STEP and other.cost(step) < (1 - _MIN_ROPE_GAIN) * best.cost(step):
                 best, rotation = other, one
         return _quantized(best, width, rotation)
 
@@ -235,6 +250,17 @@ class _Moments:
         relative = self.covariance * np.float32(16 / step**2)
         np.fill_diagonal(relative, relative.diagonal() + 1)
         return float(np.linalg.slogdet(relative)[1]) / (2 * math.log(2))
+
+
+def _without_far_ones(tokens: Array) -> tuple[Array, Array]:
+    """``tokens`` with the middle in the place of those far from it, and which are not."""
+    import numpy as np
+
+    middle = np.median(tokens, axis=0)
+    distance = np.square(tokens - middle).sum(axis=1)
+    usual = np.median(distance)
+    is_usual = (distance <= _FAR**2 * usual) | (usual == 0)
+    return np.where(is_usual[:, None], tokens, middle), is_usual
 
 
 def _moments(tokens: npt.NDArray[np.float32]) -> _Moments:

@@ -277,7 +277,7 @@ class NumpyKernels:
             heads = sums.reshape(n_tokens, -1, rotation.head_dim)
             pairs = heads.astype(np.float64).take(order, axis=-1).view(np.complex128)
             sums = np.empty(heads.shape)
-            sums[..., order] = (pairs * phasors).view(np.float64)
+            sums[..., order] = (pairs * phasors).view(np.float64) + 0.0  # no negative zero
         floats: Array = (sums * sums.dtype.type(2.0**-exponent)).astype(np.float32, copy=False)
         _round_into(floats.reshape(-1), _stored(destination, dtype), dtype)
 

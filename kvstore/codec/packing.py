@@ -87,7 +87,8 @@ def unpack_into(
     Returns which of all rows each is. ``body`` has the bytes that ``sizes_of`` says.
 
     Raises:
-        DecodeError: there are other packings than ``counts`` says, or bytes that are none.
+        DecodeError: there are other packings than ``counts`` says, or bytes that are none, or an
+            integer that its packing is not for: what sums come to is known by these limits.
     """
     import numpy as np
 
@@ -111,6 +112,8 @@ def unpack_into(
             if section.max() >= len(table):
                 raise DecodeError(f"packed codes: a byte of {section.max()} in packing {packing}")
             place[...] = table.take(section, axis=0).reshape(-1)[: place.size].reshape(place.shape)
+        if packing >= _BYTE and place.min() < -LIMITS[packing]:
+            raise DecodeError(f"packed codes: {place.min()} in packing {packing}")
         at += nbytes
         first += count
     return np.argsort(of_rows, kind="stable")[of_rows.size - first :]

@@ -108,7 +108,7 @@ class Pca:
         expansion = Expansion(
             n_tokens=n_tokens,
             n_channels=basis.n_channels,
-            axes=memoryview(axes.data).cast("B"),
+            axes=axes.reshape(-1).view(np.uint8).data,  # also of no row at all
             mean=memoryview(basis.mean),
             exponent=basis.exponent,
             is_small=_largest_sum(rows, order, basis, counts) < 1 << 24,

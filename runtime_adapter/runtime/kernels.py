@@ -128,9 +128,8 @@ class TorchKernels:
     ) -> None:
         """``(mean + codes @ axes) * 2**-exponent``, turned."""
         n_tokens, n_channels = expansion.n_tokens, expansion.n_channels
-        # An app may have let products of float32 be computed with fewer bits.
-        is_exact = torch.get_float32_matmul_precision() == "highest"
-        exact = torch.float32 if expansion.is_small and is_exact else torch.float64
+        is_single = expansion.is_small and _has_exact_products()
+        exact = torch.float32 if is_single else torch.float64
         rows = _tensor(codes, "int16").view(-1, n_tokens)
         axes = _tensor(expansion.axes, "int16").view(-1, n_channels)
         mean = _tensor(expansion.mean, "int32")
@@ -153,13 +152,22 @@ class TorchKernels:
             phasors = _phasors(rotation, expansion.start, n_tokens)
             torch.view_as_complex(pairs).mul_(phasors)
             turned = _held("turned", shape, torch.float32)
-            turned.copy_(pairs.mul_(unit / (1 << _UNIT_BITS)))
+            turned.copy_(pairs.mul_(unit / (1 << _UNIT_BITS)).add_(0.0))  # no negative zero
             _in_pairs(target[..., :n_turned], rotation).copy_(turned)
             if n_turned < rotation.head_dim:
                 target[..., n_turned:].copy_(heads[..., n_turned:].mul_(unit).float())
 
 
+def _has_exact_products() -> bool:
+    """Whether products of float32 are computed with all their bits, whatever the app asked for."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # asked for by settings that this function does not go together with
+        return False
+
+
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(mode=False)
 def _phasors(rotation: Rotation, start: int, n_tokens: int) -> torch.Tensor:
     """Complex ``[n_tokens, 1, n_pairs]``: the keys of all layers turn alike."""
     turns = _tensor(rotation.turns(start, n_tokens), "int16").view(n_tokens, 1, -1, 2)
@@ -179,7 +187,8 @@ def _held(use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     held: dict[tuple[str, torch.dtype], torch.Tensor] = _per_thread.__dict__.setdefault("held", {})
     n = math.prod(shape)
     if (use, dtype) not in held or held[use, dtype].numel() < n:
-        held[use, dtype] = torch.empty(n, dtype=dtype)
+        with torch.inference_mode(mode=False):  # else it could not be used outside of that mode
+            held[use, dtype] = torch.empty(n, dtype=dtype)
     return held[use, dtype][:n].view(shape)
 
 
@@ -223,7 +232,8 @@ def _room(grid: Grid) -> _Room:
     if grid not in rooms:
         if len(rooms) >= _MAX_N_ROOMS:
             rooms.clear()
-        rooms[grid] = _Room(grid)
+        with torch.inference_mode(mode=False):  # as above
+            rooms[grid] = _Room(grid)
     return rooms[grid]
 
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 pytest.importorskip("executorch")
 
+import torch
+
 from kvstore import Expansion, Grid, Rotation, use_kernels
 from kvstore.codec import NumpyKernels, kernels
 from runtime_adapter import Model
@@ -152,6 +154,46 @@ def test_components_become_the_same_numbers(data):
         wide = replace(expansion, is_small=False)
         DEFINITION.expand_into(memoryview(codes.tobytes()), wide, destination, dtype)
         assert bytes(destination) == restored[0]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_no_setting_of_the_app_changes_what_is_restored(run_source, ask):
+    """In a process of its own: not all of them can be taken back."""
+    output = run_source(
+        "import numpy as np, torch\n"
+        "from kvstore import Expansion\n"
+        "from kvstore.codec import NumpyKernels\n"
+        "from runtime_adapter.runtime.kernels import TorchKernels\n"
+        f"{ask}\n"
+        "generator = np.random.default_rng(0)\n"
+        "axes = generator.integers(-300, 301, (64, 128)).astype(np.int16)\n"
+        "codes = generator.integers(-800, 801, (64, 256)).astype(np.int16)\n"
+        "expansion = Expansion(n_tokens=256, n_channels=128, axes=memoryview(axes.tobytes()),\n"
+        "    mean=memoryview(bytes(512)), exponent=24, is_small=True, rotation=None, start=0)\n"
+        "found = []\n"
+        "for one in (NumpyKernels(), TorchKernels()):\n"
+        "    destination = bytearray(256 * 128 * 4)\n"
+        "    one.expand_into(memoryview(codes.tobytes()), expansion, memoryview(destination),\n"
+        "        'float32')\n"
+        "    found.append(bytes(destination))\n"
+        "print(found[0] == found[1])\n"
+    )
+    assert output.split() == ["True"]
+
+
+def test_what_was_first_decoded_in_inference_mode_is_decoded_outside_of_it_too():
+    grid = Grid(n_tokens=7, n_channels=48, group_size=16, by_channel=False)
+    parts = (memoryview(bytes(2 * grid.n_groups)), memoryview(bytes(7 * 48)))
+    for mode in (True, False):
+        with torch.inference_mode(mode=mode):
+            TORCH.dequantize8_into(parts, grid, memoryview(bytearray(7 * 48 * 4)), "float32")
 
 
 @EVERY_DTYPE

@@ -497,6 +497,10 @@ def pca(old: dict[str, Any]) -> dict[str, Any]:
     digits += struct.pack("<5H", 1, 0, 0, 0, 0) + b"\x01" + bytes(31)
     wrong["byte_that_is_no_sum"] = (one, digits + b"\xf3\x00")
     wrong["packing_6"] = (one, digits[:34] + b"\x06" + bytes(31) + b"\x79\x79")
+    for packing, row in ((4, b"\x80" + bytes(8)), (5, bytes(9) + b"\x80" + bytes(8))):
+        counts = struct.pack("<5H", *(1 if one == packing else 0 for one in range(1, 6)))
+        least = digits[:24] + counts + bytes([packing]) + bytes(31) + row
+        wrong[f"least_of_packing_{packing}"] = (one, least)
     return {
         "bases": bases,
         "accepted": entries,
