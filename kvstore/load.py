@@ -79,7 +79,7 @@ class LoadResult:
     are the session's own after a load by name. ``session`` names a session
     whose chunks served (None for unnamed saves), ``chunks`` their keys in hex.
     ``codec`` is ``"exact"``, or the lossy codec of the key space that served; then ``edits`` has a
-    mark where what went through it begins (and keeps it where such a cache is saved exactly).
+    mark where what came from there begins (and keeps it where such a cache is saved exactly).
     ``raw_nbytes`` were restored from ``stored_nbytes`` read. ``edits`` says where
     what the cache holds now is not what the model computes.
     """

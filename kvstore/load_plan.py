@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import sqlalchemy as sa
 
+from kvstore.codec import QUANTIZERS
 from kvstore.db import blobs
 from kvstore.db.blobs import BlobRow
 from kvstore.db.models import SpaceRow
@@ -92,7 +93,12 @@ class LoadPlan:
         if not self.codec_text:
             return before(self.lineage, n_tokens)
         last = [match.chunk.key for match in self.matches if match.chunk.start < n_tokens][-1]
-        mark = mark_of(self.codec_text, last)
+        is_exact = not any(
+            item.row.codec in QUANTIZERS and item.start < n_tokens
+            for step in self.steps
+            for item in step.items
+        )
+        mark = mark_of(self.codec_text, last, is_exact=is_exact)
         return marked(self.live_edits, self.lineage, mark, start=start, stop=n_tokens)
 
 

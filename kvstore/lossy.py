@@ -4,6 +4,10 @@ A store that writes with a lossy codec keeps its chunks in a key space whose *ad
 codec, so no exact look-up ever meets them. A cache that was restored from there is marked by an
 edit (``kvstore.lineage``): saved exactly, it does not pass for what the model computes; saved with
 a lossy codec, the mark is taken off, for the key space says as much.
+
+Blobs there may be exact: tails, and what a codec could not hold. A cache restored from such alone
+is marked too, since what they hold may have lost something before it was saved; but its mark says
+that nothing was lost on this way, so that a codec may learn from it.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ _HEADER = struct.Struct("<BI")
 _TEXT = re.compile(r"[a-z0-9.,=-]+")
 _PERSON = b"kvstore/lossy"
 _MARK = hashlib.blake2b(b"mark", digest_size=16, person=_PERSON).digest()
+_EXACT_MARK = hashlib.blake2b(b"exact mark", digest_size=16, person=_PERSON).digest()
 _BOTH = hashlib.blake2b(b"both", digest_size=16, person=_PERSON).digest()
 """What the digests of our own edits begin with; no hash of anybody else's does."""
 
@@ -52,13 +57,13 @@ def codec_text_of(adapter: bytes) -> str:
     return text
 
 
-def mark_of(codec_text: str, chunk_key: bytes) -> bytes:
-    """The digest of the edit that says: from here on restored from what this codec wrote.
+def mark_of(codec_text: str, chunk_key: bytes, *, is_exact: bool = False) -> bytes:
+    """The digest of the edit that says: from here on restored from this codec's key space.
 
     ``chunk_key`` is that of the last chunk that was restored from, so that marks of other content
-    differ.
+    differ. ``is_exact``: from exact blobs alone.
     """
-    return _MARK + _digest(codec_text.encode("ascii") + chunk_key)
+    return (_EXACT_MARK if is_exact else _MARK) + _digest(codec_text.encode("ascii") + chunk_key)
 
 
 def unmarked(lineage: Lineage) -> Lineage:
@@ -66,13 +71,13 @@ def unmarked(lineage: Lineage) -> Lineage:
     kept: list[Edit] = []
     for edit in lineage:
         is_on_top = not edit.digest and not (kept and kept[-1].digest)
-        if not edit.digest.startswith(_MARK) and not is_on_top:
+        if not edit.digest.startswith((_MARK, _EXACT_MARK)) and not is_on_top:
             kept.append(edit)
     return tuple(kept)
 
 
 def n_unmarked_tokens(lineage: Lineage, n_tokens: int) -> int:
-    """How many of ``n_tokens`` tokens lie before the first of such marks."""
+    """How many of ``n_tokens`` tokens lie before the first mark of what a lossy blob held."""
     ours = (edit.start for edit in lineage if edit.digest.startswith((_MARK, _BOTH)))
     return min([n_tokens, *ours])
 

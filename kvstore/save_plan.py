@@ -43,7 +43,7 @@ class SaveRequest:
 
     ``codec_names`` has each tensor's codec, ``codec_text`` the lossy ones of them (empty if none
     is), for which ``lineage`` is without their marks: the first ``n_unmarked_tokens`` of the cache
-    went through no lossy codec (there may be more of them than ``ids``). ``seen`` is the named
+    came out of no lossy blob (there may be more of them than ``ids``). ``seen`` is the named
     session as its caller last saw it, or None. ``kept`` gives the rows of chunks that saves in the
     background are going to build on: they are not deleted. None are added before it is left: after
     the commit.

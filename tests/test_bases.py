@@ -178,6 +178,61 @@ def test_nothing_is_learned_from_what_went_through_a_lossy_codec(open_store):
     assert rows(store.path) == []
 
 
+def test_a_session_that_is_restarted_before_there_are_enough_tokens_learns(store_path):
+    cache = filled(FEW)
+    with open_pca(store_path) as store:
+        store.save_session(cache, cache.tokens, name="chat")
+    for _ in range(2):
+        with open_pca(store_path) as store:
+            target = SmoothCache(ONE)
+            store.load_session(target, name="chat")
+            target.compute([7] * 400)
+            saved = store.save_session(target, target.tokens, name="chat")
+    assert len(target.tokens) > MIN_TRAINING_N_TOKENS
+    assert saved.n_fallback_blobs == 0
+    assert len(rows(store_path)) == 2
+    with open_pca(store_path) as store:
+        hit, again = loaded(store, target)
+        check_near(target, again, hit.n_tokens)
+        again.compute([9] * 2000)
+        other = open_pca(store_path.with_name("other.db"))
+        other.save_session(again, again.tokens)
+        assert other.stats().bases_nbytes == 0  # these went through the codec
+        other.close()
+        assert store.verify().problems == ()
+
+
+def test_after_damage_what_is_left_of_exact_blobs_is_learned_from(store_path):
+    cache = filled(FEW)
+    with open_pca(store_path) as store:
+        store.save_session(cache, cache.tokens, name="chat")
+        cache.compute(range(1000))
+        store.save_session(cache, cache.tokens, name="chat")
+    change(store_path, "UPDATE bases SET data = zeroblob(length(data))")
+    with open_pca(store_path) as store:
+        target = SmoothCache(ONE)
+        hit = store.load_session(target, name="chat")
+        assert (hit.n_tokens, hit.reason) == (FEW // SIZE * SIZE, MissReason.CORRUPT)
+        target.compute([7] * 1000)
+        assert store.save_session(target, target.tokens, name="new").n_fallback_blobs == 0
+        store.delete_session("chat")
+        assert store.verify().problems == ()
+
+
+def test_what_lost_something_before_a_codec_stored_it_exactly_is_not_taken_for_exact(open_store):
+    lossy, cache = open_store(chunk_n_tokens=SIZE, codec="int8"), filled(300)
+    lossy.save_session(cache, cache.tokens)
+    _, target = loaded(lossy, cache)
+    learning = open_store(chunk_n_tokens=SIZE, codec="pca")
+    saved = learning.save_session(target, target.tokens, name="copy")
+    assert saved.n_fallback_blobs == 4
+    copy = SmoothCache(ONE)
+    learning.load_session(copy, name="copy")
+    exact = open_store(chunk_n_tokens=SIZE)
+    assert exact.save_session(copy, copy.tokens).n_exact_tokens == 0
+    assert exact.load_session(SmoothCache(ONE), cache.tokens).n_tokens == 0
+
+
 def test_what_lies_behind_an_edit_may_be_learned_from(store):
     cache = filled(FEW)
     cache.edit(700, "struck")
