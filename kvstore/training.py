@@ -49,21 +49,9 @@ def plan_bases(
     )
     if not is_needed:
         return BasesPlan()
-    known: dict[int, Basis] = {}
-    damaged = set()
-    space = _space(connection, request)
-    if space is not None:
-        driver, of_space = driver_connection(connection), cache.of_space(space.id)
-        for tensor, row in bases.of_space(connection, space.id).items():
-            if not (0 <= tensor < len(request.codec_names) and _needs(request, tensor)):
-                continue
-            spec = request.cache.layout.tensors[tensor]
-            try:
-                known[tensor] = of_space.lookup(driver, tensor, spec)(row.digest)
-            except CorruptStoreError:
-                damaged.add(tensor)
+    known, damaged = _known(connection, request, cache)
     lessons = _lessons(request, known, cache)
-    return BasesPlan(known=known, lessons=lessons, damaged=frozenset(damaged))
+    return BasesPlan(known=known, lessons=lessons, damaged=damaged)
 
 
 def with_lessons(
@@ -77,8 +65,7 @@ def with_lessons(
     )
     if not is_needed:
         return wanted
-    space = _space(connection, request)
-    known = () if space is None else bases.of_space(connection, space.id)
+    known, _ = _known(connection, request, cache)
     found: dict[int, list[Range]] = {}
     for part in (*wanted.parts, *_lessons(request, known, cache)):
         found.setdefault(part.tensor, []).append((part.start, part.stop))
@@ -88,6 +75,26 @@ def with_lessons(
         for start, stop in union(ranges)
     )
     return replace(wanted, parts=parts)
+
+
+def _known(
+    connection: sa.Connection, request: SaveRequest, cache: BasisCache
+) -> tuple[dict[int, Basis], frozenset[int]]:
+    """The bases in the file that a save may need, by tensor, and the tensors of damaged ones."""
+    known: dict[int, Basis] = {}
+    damaged = set()
+    space = _space(connection, request)
+    if space is not None:
+        driver, of_space = driver_connection(connection), cache.of_space(space.id)
+        for tensor, row in bases.of_space(connection, space.id).items():
+            if not (0 <= tensor < len(request.codec_names) and _needs(request, tensor)):
+                continue
+            spec = request.cache.layout.tensors[tensor]
+            try:
+                known[tensor] = of_space.lookup(driver, tensor, spec)(row.digest)
+            except CorruptStoreError:
+                damaged.add(tensor)
+    return known, frozenset(damaged)
 
 
 def _lessons(request: SaveRequest, known: Iterable[int], cache: BasisCache) -> tuple[Part, ...]:

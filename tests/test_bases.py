@@ -608,6 +608,21 @@ def test_bases_of_each_others_tensors_are_none(store_path):
         reader.verify()
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_session_that_goes_on_replaces_a_damaged_basis(store_path, background):
+    cache = filled(ENOUGH)
+    with open_pca(store_path) as store:
+        store.save_session(cache, cache.tokens, name="chat")
+    change(store_path, DAMAGE["a byte of the data"])
+    damaged = rows(store_path)
+    cache.compute([7] * 300)
+    with open_pca(store_path) as store:
+        saved = store.save_session(cache, cache.tokens, name="chat", background=background)
+        saved = saved.result(60) if background else saved
+        assert saved.n_fallback_blobs == 0
+    assert rows(store_path) != damaged
+
+
 def test_a_save_of_other_tokens_replaces_a_damaged_basis(store_path):
     cache, other = filled(ENOUGH), filled(ENOUGH, first=300)
     with open_pca(store_path) as store:
