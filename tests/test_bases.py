@@ -370,19 +370,30 @@ def test_threads_load_at_once_from_bases_that_nobody_has_read(store_path, open_s
 
 
 def test_the_memory_of_bases_is_bounded_and_the_last_used_stay():
-    cache = BasisCache(max_nbytes=100)
     made = []
-    for seed in range(4):
-        block = Block(dtype="float32", start=4, n_tokens=64, n_channels=8, head_dim=4)
-        numbers = np.random.default_rng(seed).standard_normal((64, 8), dtype=np.float32)
+    for seed, n_channels in enumerate((8, 8, 8, 16)):
+        block = Block(dtype="float32", start=4, n_tokens=64, n_channels=n_channels, head_dim=4)
+        numbers = np.random.default_rng(seed).standard_normal((64, n_channels), dtype=np.float32)
         made.append(Basis.train(memoryview(numbers).cast("B"), block, role="v"))
+    cache = BasisCache(max_nbytes=2 * 8 * (4 + 2 * 8 + 4))  # mean, axes and tops of two
     places = [(1, 0, 8, basis.digest) for basis in made]
     for place, basis in zip(places[:3], made, strict=False):
-        cache.put(place, basis, 40)
+        cache.put(place, basis)
         cache.get(places[0])
     assert [cache.get(place) for place in places] == [made[0], None, made[2], None]
-    cache.put(places[3], made[3], 1000)  # larger than all: kept alone, so that a load can end
+    cache.put(places[3], made[3])  # larger than all: kept alone, so that a load can end
     assert [cache.get(place) for place in places] == [None, None, None, made[3]]
+
+
+def test_a_load_decodes_each_basis_once_however_small_the_memory_for_them(store, monkeypatch):
+    cache, decoded, decode = filled(ENOUGH), [], Basis.from_bytes
+    store.save_session(cache, cache.tokens, name="chat")
+    monkeypatch.setattr(Basis, "from_bytes", lambda *one: (decoded.append(one), decode(*one))[1])
+    with open_pca(store.path) as other:
+        other._database.bases.max_nbytes = 1
+        hit, target = loaded(other, cache)
+    check_near(cache, target, hit.n_tokens)
+    assert len(decoded) == 2
 
 
 # ---------------------------------------------------------------- deleting, budgets

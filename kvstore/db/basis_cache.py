@@ -21,7 +21,7 @@ _Place: TypeAlias = tuple[int, int, int, bytes]
 
 @dataclass(slots=True, eq=False)
 class BasisCache:
-    """Decoded bases, at most ``max_nbytes`` as they are stored; the least recently used go.
+    """Decoded bases, at most ``max_nbytes`` of them in memory; the least recently used go.
 
     Safe to share between threads. ``futile`` names tensors, by root key, of whose content nothing
     could be learned: one attempt is enough.
@@ -29,7 +29,7 @@ class BasisCache:
 
     max_nbytes: int = _MAX_NBYTES
     futile: set[tuple[bytes, int]] = field(default_factory=set)
-    _found: OrderedDict[_Place, tuple[Basis, int]] = field(default_factory=OrderedDict)
+    _found: OrderedDict[_Place, Basis] = field(default_factory=OrderedDict)
     _nbytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -43,25 +43,30 @@ class BasisCache:
             if place not in self._found:
                 return None
             self._found.move_to_end(place)
-            return self._found[place][0]
+            return self._found[place]
 
-    def put(self, place: _Place, basis: Basis, nbytes: int) -> None:
-        """Keep a basis that takes ``nbytes`` as it is stored."""
+    def put(self, place: _Place, basis: Basis) -> None:
+        """Keep a basis; one that is larger than the limit is kept alone."""
         with self._lock:
             if place not in self._found:
-                self._found[place] = basis, nbytes
-                self._nbytes += nbytes
+                self._found[place] = basis
+                self._nbytes += _nbytes(basis)
             while self._nbytes > self.max_nbytes and len(self._found) > 1:
-                _, (_, gone_nbytes) = self._found.popitem(last=False)
-                self._nbytes -= gone_nbytes
+                _, gone = self._found.popitem(last=False)
+                self._nbytes -= _nbytes(gone)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpaceBases:
-    """The bases of one key space, by tensor."""
+    """The bases of one key space, by tensor.
+
+    It keeps what was asked for as long as it lives, whatever the cache lets go: who uses
+    it for one load decodes each once.
+    """
 
     cache: BasisCache
     space_id: int
+    _used: dict[_Place, Basis] = field(default_factory=dict)
 
     def lookup(self, driver: sqlite3.Connection, tensor: int, spec: TensorSpec) -> BasisLookup:
         """What finds the basis that a blob of that tensor names, reading on ``driver`` if it must.
@@ -71,11 +76,14 @@ class SpaceBases:
 
         def find(digest: bytes) -> Basis:
             place = self.space_id, tensor, _n_channels(spec), digest
-            basis = self.cache.get(place) or self.read(driver, tensor, spec)
+            basis = self._used.get(place) or self.cache.get(place)
+            if basis is None:
+                basis = self.read(driver, tensor, spec)
             if basis.digest != digest:
                 raise CorruptStoreError(
                     f"its basis {digest.hex()[:12]} is missing, there is another one"
                 )
+            self._used[place] = basis
             return basis
 
         return find
@@ -94,8 +102,13 @@ class SpaceBases:
             raise CorruptStoreError(f"its basis is damaged: {error}") from error
         if basis.digest != digest:
             raise CorruptStoreError("its basis is damaged: the digest is not that of its bytes")
-        self.cache.put((self.space_id, tensor, n_channels, digest), basis, len(data))
+        self.cache.put((self.space_id, tensor, n_channels, digest), basis)
         return basis
+
+
+def _nbytes(basis: Basis) -> int:
+    """What it takes in memory: compressed it may be a small part of that."""
+    return len(basis.axes) + len(basis.mean) + len(basis.tops)
 
 
 def _n_channels(spec: TensorSpec) -> int:
