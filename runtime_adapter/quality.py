@@ -83,7 +83,8 @@ class CodecMeasure:
     ``stored_as`` is what ``codec`` came down to for this model's tensors; ``n_fallback_blobs`` were
     stored exactly although it is lossy. ``restore_s`` is the faster of two loads. What the codec
     learned takes ``bases_nbytes`` beside ``stored_nbytes``, once for a model, and was learned from
-    ``n_calibration_tokens`` of another text, or from the stored ones themselves if that is 0.
+    ``n_calibration_tokens`` of another text, or from the stored ones themselves if that is 0 (also
+    if only for some tensors, as when the other text was too short).
     """
 
     codec: str
@@ -140,12 +141,14 @@ def measure_codecs(  # all of them are the question
         for number, name in enumerate(dict.fromkeys(("exact", *codecs)))
     }
     learning = {name for name in paths if kvstore.CodecChoice(name).needs_basis(model.cache.layout)}
+    learned = {}
     if learning and calibration:
         model.cache.truncate(0)
         model.forward(calibration, start=0)
         for name in learning:
             with kvstore.open(paths[name], codec=name, chunk_n_tokens=chunk_n_tokens) as store:
                 store.save_session(model.cache, calibration)
+                learned[name] = store.stats().bases_nbytes
     model.cache.truncate(0)
     model.forward(ids[:n_stored], start=0)
     saves = {}
@@ -170,6 +173,8 @@ def measure_codecs(  # all of them are the question
         of_text, first_s = answers(name, text[:-1])
         of_generated, second_s = answers(name, generated[:-1])
         _, saved, bases_nbytes = saves[name]
+        # A basis more, and some of it came from what is measured.
+        is_calibrated = learned.get(name) == bases_nbytes > 0
         measures.append(
             CodecMeasure(
                 codec=name,
@@ -182,7 +187,7 @@ def measure_codecs(  # all of them are the question
                 restore_s=min(first_s, second_s),
                 drift=_drift(of_text, exact_text, text[1:], of_generated, exact_generated),
                 bases_nbytes=bases_nbytes,
-                n_calibration_tokens=len(calibration) if name in learning else 0,
+                n_calibration_tokens=len(calibration) if is_calibrated else 0,
             )
         )
     return measures
@@ -202,7 +207,9 @@ def split(ids: list[int], *, n_scored: int = 256) -> tuple[list[int], list[int]]
 
 
 def cheapest(measures: Sequence[CodecMeasure], bound: str) -> CodecMeasure:
-    """The one that stores fewest bytes of those whose drift is within the named bound.
+    """The one that takes fewest bytes of those whose drift is within the named bound.
+
+    With what it learned: a short text may not pay for that.
 
     Raises:
         InputError: no bound has that name, or none of them is within it.
@@ -215,7 +222,7 @@ def cheapest(measures: Sequence[CodecMeasure], bound: str) -> CodecMeasure:
             f"bound {bound!r}: none of {', '.join(one.codec for one in measures)} is within it; "
             "measure 'exact' too"
         )
-    return min(within, key=lambda one: one.stored_nbytes)
+    return min(within, key=lambda one: one.stored_nbytes + one.bases_nbytes)
 
 
 def _stored_n_tokens(

@@ -77,6 +77,23 @@ def test_what_a_codec_learns_is_learned_from_another_text_if_there_is_one(tiny, 
     assert pca.drift.mean_kl < 0.01
 
 
+@pytest.mark.parametrize(("n_calibration", "n_learned_from"), [(100, 0), (260, 260)])
+def test_a_calibration_too_short_to_learn_from_is_none(
+    tiny, tmp_path, monkeypatch, n_calibration, n_learned_from
+):
+    monkeypatch.setattr("kvstore.training.MIN_TRAINING_N_TOKENS", 200)
+    calibration = builtin_prompt(1000)[-n_calibration:]
+    (pca,) = measure_codecs(
+        *(tiny, builtin_prompt(256 + 11), ["pca"], tmp_path),
+        n_scored=10,
+        n_generated=10,
+        calibration=calibration,
+    )
+    assert pca.bases_nbytes > 0
+    assert pca.n_calibration_tokens == n_learned_from
+    assert pca.is_in_sample == (not n_learned_from)
+
+
 def test_a_text_is_split_if_both_parts_are_long_enough_to_learn_from():
     short, least, long = (list(range(n)) for n in (3328, 2 * 1536 + 257, 10_000))
     assert split(short) == (short, [])
@@ -95,7 +112,7 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def measure(codec, stored_nbytes, *, mean_kl, top1=1.0):
+def measure(codec, stored_nbytes, *, mean_kl, top1=1.0, bases_nbytes=0):
     drift = Drift(
         n_scored_tokens=1,
         perplexity=1.0,
@@ -118,6 +135,7 @@ def measure(codec, stored_nbytes, *, mean_kl, top1=1.0):
         save_s=0.0,
         restore_s=0.0,
         drift=drift,
+        bases_nbytes=bases_nbytes,
     )
 
 
@@ -135,6 +153,14 @@ def test_the_cheapest_within_a_bound_is_chosen(bound, expected):
     ]
     assert cheapest(measures, bound).codec == expected
     assert list(BOUNDS) == ["exact", "strict", "close", "loose"]
+
+
+def test_what_a_codec_learned_counts_too():
+    measures = [
+        measure("int4", 14, mean_kl=5e-4),
+        measure("pca", 10, mean_kl=5e-4, bases_nbytes=5),
+    ]
+    assert cheapest(measures, "close").codec == "int4"
 
 
 def test_no_codec_within_the_bound_and_no_such_bound_are_errors():
