@@ -409,6 +409,30 @@ def test_bases_go_with_the_chunks_of_their_key_space(store):
     assert rows(store.path) == rows(store.path, "SELECT * FROM spaces") == []
 
 
+def test_a_basis_without_bytes_takes_none(store_path):
+    """Its column says NOT NULL; a damaged file may have NULL in it all the same."""
+    cache = filled(ENOUGH)
+    with open_pca(store_path) as store:
+        store.save_session(cache, cache.tokens, name="chat")
+    connection = sqlite3.connect(store_path, isolation_level=None)
+    query = "SELECT sql FROM sqlite_schema WHERE name = 'bases'"
+    (was,) = connection.execute(query).fetchone()
+    change_schema = "UPDATE sqlite_schema SET sql = ? WHERE name = 'bases'"
+    connection.execute("PRAGMA writable_schema = ON")
+    connection.execute(change_schema, (was.replace("data BLOB NOT NULL", "data BLOB"),))
+    connection.close()
+    change(store_path, "UPDATE bases SET data = NULL")
+    connection = sqlite3.connect(store_path, isolation_level=None)
+    connection.execute("PRAGMA writable_schema = ON")
+    connection.execute(change_schema, (was,))
+    connection.close()
+    with open_pca(store_path) as store:
+        stats = store.stats()
+        dry = store.prune(max_bytes=0, dry_run=True)
+        assert dry.file_nbytes_before - dry.file_nbytes_after == stats.stored_nbytes
+        assert not store.verify().ok
+
+
 def test_a_session_without_chunks_needs_no_bases(store):
     cache = filled(ENOUGH)
     store.save_session(cache, cache.tokens, name="a")

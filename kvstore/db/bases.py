@@ -31,7 +31,7 @@ _COLUMNS = (
     bases.c.space_id,
     sa.case((sa.func.typeof(bases.c.tensor) == "integer", bases.c.tensor), else_=-1),
     sa.case((sa.func.typeof(bases.c.digest) == "blob", bases.c.digest), else_=b""),
-    sa.func.length(bases.c.data),
+    sa.func.coalesce(sa.func.length(bases.c.data), 0),
 )
 """Of another type than it must have, a value may not even be readable: text that is not UTF-8."""
 
