@@ -395,6 +395,10 @@ def _explain(
         return MissReason(kind_of(spec).miss_reason or MissReason.NO_MATCH), detail
     if not any(one.space for one in restored.plans):
         return _explain_model(connection, request)
+    if request.name is not None:
+        own = sessions.info(connection, namespace=request.namespace, name=request.name)
+        if own is not None and own.n_stored_tokens < own.n_tokens:
+            return _evicted(request.name)
     for one in restored.plans:
         if one.space is None:
             continue
@@ -405,9 +409,12 @@ def _explain(
             with suppress(CorruptStoreError):  # the load itself is done
                 saved = sessions.tokens_of(connection, session_id)
                 if common_prefix_n_tokens(saved, plan.ids[: plan.limit_n_tokens]) > n_tokens:
-                    reason = MissReason.EVICTED
-                    return reason, f"session {name!r} had more, but its K and V were pruned"
+                    return _evicted(name)
     return MissReason.NO_MATCH, f"nothing stored goes on as the prompt does at {n_tokens}"
+
+
+def _evicted(name: str) -> tuple[MissReason, str]:
+    return MissReason.EVICTED, f"session {name!r} had more, but its K and V were pruned"
 
 
 def _explain_model(connection: sa.Connection, request: LoadRequest) -> tuple[MissReason, str]:

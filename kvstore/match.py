@@ -216,10 +216,10 @@ def checked_blobs(
             raise CorruptStoreError(
                 f"{where}, {spec.name}: expected {raw_nbytes} bytes, the row says {row.raw_nbytes}"
             )
-        if row.payload_nbytes != row.stored_nbytes or row.stored_nbytes > raw_nbytes:
+        if row.payload_nbytes != row.stored_nbytes or not 0 < row.stored_nbytes <= raw_nbytes:
             raise CorruptStoreError(
                 f"{where}, {spec.name}: expected a payload of {row.stored_nbytes} bytes "
-                f"(at most {raw_nbytes}), found {row.payload_nbytes}"
+                f"(1 to {raw_nbytes}), found {row.payload_nbytes}"
             )
         seen[row.tensor].append((row.start, row.stop))
     for tensor, ranges in seen.items():

@@ -107,7 +107,7 @@ class Store:
         self._used_chunk_ids: set[int] = set()
         self._damaged: dict[Fingerprint, dict[bytes, int]] = {}  # by adapter: from where on
         self._seen: dict[str, Revision] = {}
-        self._n_calls = 0
+        self._calls: set[object] = set()  # in progress
         self._lock = threading.Lock()  # guards the four above and _closed
         self._idle = threading.Condition(self._lock)  # notified when a call ends
 
@@ -449,10 +449,10 @@ class Store:
         began = time.monotonic()
         with self._idle:
             wait = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
-            if not self._idle.wait_for(lambda: self._n_calls == 0, wait):
+            if not self._idle.wait_for(lambda: not self._calls, wait):
                 raise SaveTimeoutError(
                     f"{self.path}: expected the calls in progress to end within {timeout} seconds, "
-                    f"but {self._n_calls} of them go on; close again"
+                    f"but {len(self._calls)} of them go on; close again"
                 )
         rest = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
         self._queue.wait(rest)
@@ -486,16 +486,18 @@ class Store:
         """
         if waits:
             self._queue.wait()
-        with self._lock:
-            if self._closed:
-                raise self._closed_error()
-            self._n_calls += 1
+        call = object()
         try:
+            with self._lock:
+                if self._closed:
+                    raise self._closed_error()
+                self._calls.add(call)
             with vendor_errors(self.path):
                 yield
         finally:
+            # Not counted up and down: an interrupt between would leave a call that never ends.
+            self._calls.discard(call)
             with self._idle:
-                self._n_calls -= 1
                 self._idle.notify_all()
 
     def _closed_error(self) -> ClosedStoreError:

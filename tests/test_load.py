@@ -507,3 +507,32 @@ def test_no_flipped_bit_in_the_file_gives_wrong_bytes(store_path, sound_file):
         load_damaged(store_path)
         for suffix in ("-wal", "-shm", "-journal"):
             store_path.with_name(store_path.name + suffix).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_of_many_sessions_that_were_pruned_the_last_ones_are_known(open_store, by_name):
+    store = open_store(chunk_n_tokens=8)
+    one = layout(n_layers=1, n_kv_heads=1)
+    for number in range(130):
+        tokens = range(1000 * number, 1000 * number + 9)
+        store.save_session(computed(tokens, one), tokens, name=str(number))
+    store.prune(max_bytes=0)
+    for number in (0, 129) if by_name else (129,):
+        asked = [*range(1000 * number, 1000 * number + 9), 5]
+        how = {"name": str(number)} if by_name else {"tokens": asked}
+        assert store.load_session(BytesCache(one), **how).reason is MissReason.EVICTED
+    assert store.verify().ok
+
+
+def test_an_empty_payload_is_damage_like_any_other(store_path):
+    with kvstore.open(store_path, chunk_n_tokens=8) as store:
+        save(store, TOKENS, name="chat")
+    with raw(store_path) as driver:
+        driver.execute("PRAGMA ignore_check_constraints = ON")
+        (payload_id,) = driver.execute(
+            "SELECT payload_id FROM blobs ORDER BY chunk_id, tensor LIMIT 1 OFFSET 5"
+        ).fetchone()
+        driver.execute("UPDATE payloads SET data = x'' WHERE id = ?", (payload_id,))
+        driver.execute("UPDATE blobs SET stored_nbytes = 0 WHERE payload_id = ?", (payload_id,))
+    with kvstore.open(store_path, chunk_n_tokens=8) as store:
+        assert load_exact(store, TOKENS).reason is MissReason.CORRUPT

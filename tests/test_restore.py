@@ -286,3 +286,32 @@ def test_a_reader_does_not_keep_the_file_s_locks_from_other_connections(store_pa
     with kvstore.open(store_path, chunk_n_tokens=8) as store:
         assert {one.name for one in store.sessions()} == {"chat", "other"}
         assert store.verify().ok
+
+
+@pytest.mark.parametrize("name", ["sqlite3_blob_close", "sqlite3_close_v2"])
+def test_an_interrupt_right_behind_a_call_frees_nothing_twice(store, monkeypatch, name):
+    library = native.library()
+    if library is None:
+        pytest.skip("SQLite's own functions cannot be reached in this Python")
+    save(store, TOKENS, name="chat")
+    function, closed = getattr(library, name), []
+
+    def interrupted(handle):
+        assert handle.value not in closed
+        closed.append(handle.value)
+        function(handle)
+        if len(closed) == 1:
+            raise KeyboardInterrupt
+
+    def load_and_close():
+        store.load_session(BytesCache(), TOKENS)
+        store._database.readers.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(library, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load_and_close()
+        store._database.readers.close()
+    assert closed
+    assert load_exact(store, TOKENS).n_tokens == 29
+    assert store.verify().ok

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import sqlite3
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -41,7 +42,7 @@ _LONG: dict[str, tuple[Any, ...]] = {
         ctypes.c_int,
         ctypes.c_char_p,
     ),
-    "sqlite3_close": (ctypes.c_void_p,),
+    "sqlite3_close_v2": (ctypes.c_void_p,),
     "sqlite3_exec": (ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_void_p] * 3),
     "sqlite3_blob_open": (
         ctypes.c_void_p,
@@ -64,8 +65,8 @@ class NativeReader:
         Raises:
             sqlite3.OperationalError: it cannot be opened now.
         """
-        self._library = library
         self._connection, self._blob = ctypes.c_void_p(), ctypes.c_void_p()
+        self._library = library
         flags = _OPEN_READWRITE | _OPEN_URI
         try:
             self._check(
@@ -89,13 +90,14 @@ class NativeReader:
     def close(self) -> None:
         """Close the connection; nothing else may be called any more."""
         self._drop_blob()
-        if self._connection.value:
-            self._library.sqlite3_close(self._connection)
-            self._connection = ctypes.c_void_p()
+        connection, self._connection = self._connection, ctypes.c_void_p()
+        if connection.value:
+            self._library.sqlite3_close_v2(connection)
 
     def __del__(self) -> None:
         # Else the file's last connection would never be closed, and its WAL be left behind.
-        self.close()
+        with suppress(AttributeError):  # interrupted before it was made
+            self.close()
 
     def read_into(self, payload_id: int, destination: memoryview) -> None:
         """Other threads run while the bytes are copied, once."""
@@ -123,9 +125,10 @@ class NativeReader:
         )
 
     def _drop_blob(self) -> None:
-        if self._blob.value:
-            self._library.sqlite3_blob_close(self._blob)
-            self._blob = ctypes.c_void_p()
+        # Forgotten first: an interrupt right behind the call must not lead to a second one.
+        blob, self._blob = self._blob, ctypes.c_void_p()
+        if blob.value:
+            self._library.sqlite3_blob_close(blob)
 
     def _check(self, code: int) -> None:
         if code:
@@ -172,7 +175,7 @@ def library() -> Library | None:
     import _sqlite3
 
     path = getattr(_sqlite3, "__file__", None)
-    if path is None:
+    if path is None or sqlite3.Connection is not _sqlite3.Connection:  # another one in its place
         return None
     try:
         found = Library(path)

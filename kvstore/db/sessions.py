@@ -155,7 +155,11 @@ def all_in(connection: sa.Connection, *, namespace: str | None) -> list[SessionI
     return [_info(row) for row in connection.execute(query)]
 
 
-_LESS_THAN_SAVED = sa.select(sessions.c.id, sessions.c.name).limit(sa.bindparam("at_most"))
+_LESS_THAN_SAVED = (
+    sa.select(sessions.c.id, sessions.c.name)
+    .order_by(sessions.c.updated_at_ms.desc())
+    .limit(sa.bindparam("at_most"))
+)
 _ENDING_EARLY = _LESS_THAN_SAVED.join(chunks, chunks.c.id == sessions.c.head_id).where(
     chunks.c.key.in_(sa.bindparam("keys", expanding=True)), chunks.c.stop < sessions.c.n_tokens
 )
@@ -167,10 +171,10 @@ _WITH_NOTHING = _LESS_THAN_SAVED.where(
 def with_less_than_saved(
     connection: sa.Connection, *, space_id: int, keys: Sequence[Key], limit: int
 ) -> list[tuple[int, str]]:
-    """``(row id, name)`` of sessions that an eviction took K and V from.
+    """``(row id, name)`` of sessions that an eviction took K and V from, the last saved first.
 
-    Those that end in one of the chunks with these keys now, and those of the key space that have
-    nothing left.
+    At most ``limit`` of those that have nothing left, and as many for each some hundred ``keys``
+    of those that end in one of these chunks now.
     """
     found = [*connection.execute(_WITH_NOTHING, {"of_space": space_id, "at_most": limit})]
     for first in range(0, len(keys), MAX_VARIABLES):
