@@ -162,7 +162,10 @@ _PAYLOADS_OF_CHUNK = sa.select(blobs.c.payload_id).where(
     blobs.c.chunk_id == sa.bindparam("of_chunk")
 )
 _DELETE_OF_CHUNK = sa.delete(blobs).where(blobs.c.chunk_id == sa.bindparam("of_chunk"))
-_DELETE_PAYLOAD = sa.delete(payloads).where(payloads.c.id == sa.bindparam("payload"))
+# In one statement: row by row, SQLite would log all the pages that become free.
+_DELETE_PAYLOADS = sa.delete(payloads).where(
+    payloads.c.id.in_(sa.bindparam("some", expanding=True))
+)
 
 
 def delete_of_chunk(connection: sa.Connection, chunk_id: int) -> None:
@@ -170,5 +173,6 @@ def delete_of_chunk(connection: sa.Connection, chunk_id: int) -> None:
     values = {"of_chunk": chunk_id}
     payload_ids = connection.execute(_PAYLOADS_OF_CHUNK, values).scalars().all()
     connection.execute(_DELETE_OF_CHUNK, values)
-    if payload_ids:
-        connection.execute(_DELETE_PAYLOAD, [{"payload": one} for one in payload_ids])
+    for first in range(0, len(payload_ids), MAX_VARIABLES):
+        some = payload_ids[first : first + MAX_VARIABLES]
+        connection.execute(_DELETE_PAYLOADS, {"some": some})
