@@ -469,6 +469,7 @@ def test_a_save_puts_back_what_was_deleted_while_it_encoded(store, open_store, m
     assert hit.n_tokens == 400
 
 
+@pytest.mark.slow
 def test_a_budget_counts_bases(open_store, store_path):
     wide = layout(n_layers=1, capacity_n_tokens=2048, n_kv_heads=4, head_dim=64)
     rng = np.random.default_rng(1)
@@ -596,7 +597,13 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+FAST_DAMAGE = ("missing", "a byte of the data", "text that is none", "another digest")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=() if how in FAST_DAMAGE else pytest.mark.slow) for how in DAMAGE],
+)
 def test_a_damaged_basis_is_a_miss_with_a_reason_until_it_is_learned_again(
     store_path, open_store, how
 ):

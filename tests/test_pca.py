@@ -259,7 +259,9 @@ def test_codes_of_another_basis_are_refused():
 
 @pytest.mark.parametrize("pairing", ["neighbours", "halves"])
 @pytest.mark.parametrize("part", [1, 0.5, 0.25])
-@pytest.mark.parametrize("theta", [1e4, 1e5, 5e5, 1e6])
+@pytest.mark.parametrize(
+    "theta", [1e4, *(pytest.param(theta, marks=pytest.mark.slow) for theta in (1e5, 5e5, 1e6))]
+)
 def test_what_keys_turn_by_is_found_in_them(pairing, part, theta):
     frequencies = rope(theta, int(64 * part) // 2)
     one = block(N_LEARNED, head_dim=64)

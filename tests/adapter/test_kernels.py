@@ -159,9 +159,9 @@ def test_components_become_the_same_numbers(data):
 @pytest.mark.parametrize(
     "ask",
     [
-        "torch.set_float32_matmul_precision('medium')",
         "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
-        "torch.backends.fp32_precision = 'tf32'",
+        pytest.param("torch.set_float32_matmul_precision('medium')", marks=pytest.mark.slow),
+        pytest.param("torch.backends.fp32_precision = 'tf32'", marks=pytest.mark.slow),
     ],
 )
 def test_no_setting_of_the_app_changes_what_is_restored(run_source, ask):
